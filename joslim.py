@@ -1,0 +1,366 @@
+"""Joslim: joint widths and weights optimisation for slimmable networks (Chin et al., ECML-PKDD 2021).
+
+The whole algorithm, with `net` any network that has `set_widths(a)` and `cost(a)` a formula:
+
+    sampler = Joslim(dim=net.num_widths, cost=cost)
+    for step, (x, y) in enumerate(batches):
+        if step % tau == 0:                                          # a round
+            if sampler.ready:
+                sampler.observe(evaluate(net, sampler.widths, *held_out))   # 1. re-evaluate history
+            widths = sampler.sample(m)                               # 2.-4. fit, propose, append
+        optimizer.zero_grad()
+        sandwich_step(net, x, y, widths)                             # the weights
+        optimizer.step()
+    losses = evaluate(net, sampler.widths, *held_out)
+    for a in sampler.widths[pareto_front(losses, cost(sampler.widths))]:
+        net.set_widths(a)
+        calibrate_bn(net, training_images)                           # now test it
+
+`UniformWidths` in place of `Joslim` gives US-Nets ("slim"), `RandomWidths` the training half of
+NAS-style two-stage methods; the loop is the same.
+
+This file needs torch and gp.py.
+"""
+
+import math
+from typing import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gp import GP, chebyshev, optimize_acquisition, ucb
+
+# ------------------------------------------------------------------------------ width samplers
+
+
+class RandomWidths:
+    """a ~ U[lower, 1]^d, every width for itself: how OFA and BigNAS train their shared weights.
+
+    Raises ValueError for dim below 1 or lower outside (0, 1].
+    """
+
+    ready = False  # it does not look at losses, so nothing need be evaluated for it
+
+    def __init__(self, dim: int, lower: float = 0.42, seed: int = 0):
+        if dim < 1:
+            raise ValueError(f"dim must be at least 1, got {dim}")
+        if not 0 < lower <= 1:
+            raise ValueError(f"lower must lie in (0, 1], got {lower}")
+        self.dim, self.lower = dim, lower
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def rand(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self.generator, dtype=torch.float64)
+
+    def sample(self, m: int) -> Tensor:
+        """m configurations (m, d), float64, in [lower, 1]."""
+        return self.lower + (1 - self.lower) * self.rand(m, self.dim)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that later samples depend on, as tensors."""
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.generator.set_state(state["generator"])
+
+
+class UniformWidths(RandomWidths):
+    """a = u * 1 with u ~ U[lower, 1], one width for the whole network: US-Nets (Yu & Huang 2019)."""
+
+    def sample(self, m: int) -> Tensor:
+        """m configurations (m, d), float64, in [lower, 1]."""
+        return (self.lower + (1 - self.lower) * self.rand(m, 1)).expand(m, self.dim).clone()
+
+
+class Joslim(UniformWidths):
+    """Widths proposed by multi-objective Bayesian optimisation (Joslim, algorithm 2).
+
+    The first `num_prior` proposals are uniform widths; then the full network joins the history and
+    a GP on the observed losses proposes.
+
+    A target cost is drawn for each proposal. The paper searches, ten times over, for the lambda
+    whose scalarized minimiser has that cost; but whatever that lambda is, its minimiser is the
+    configuration of least acquisition value among those of that cost. So we minimise on the surface
+    of that cost, once, and every target is met. `targeted=False` draws lambda itself instead.
+
+    Args:
+        dim: d, the number of widths.
+        cost: maps a (..., d) to cost ratios (...,) to the full network's; takes `relaxed=True` for
+            a version differentiable in a. Must grow with every width.
+        beta: weight of the GP's variance in the (optimistic) acquisition.
+
+    Attributes, both of which may be assigned:
+        widths: (n, d) all configurations so far, float64.
+        losses: (n,) their losses as last observed; nan where there is none, and the GP leaves those out.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        cost: Callable[..., Tensor],
+        lower: float = 0.42,
+        num_prior: int = 20,
+        beta: float = 0.1,
+        seed: int = 0,
+        targeted: bool = True,
+    ):
+        super().__init__(dim, lower, seed)
+        if num_prior < 1:
+            raise ValueError(f"num_prior must be at least 1, got {num_prior}")
+        if beta < 0:
+            raise ValueError(f"beta must not be negative, got {beta}")
+        self.cost, self.num_prior, self.beta, self.targeted = cost, num_prior, beta, targeted
+        self.widths = torch.empty(0, dim, dtype=torch.float64)
+        self.losses = torch.empty(0, dtype=torch.float64)
+        self.hyper = None  # the GP's last hyperparameters, from which the next fit starts
+
+    def due(self, limit: int) -> Tensor:
+        """Indices of the about `limit` configurations whose losses are worth renewing.
+
+        Those not yet observed and those nearest the front: the others are known to be worse.
+        """
+        return shortlist(self.losses, self.cost(self.widths), limit)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the next proposals depend on losses: if not, the history need not be evaluated."""
+        return len(self.widths) >= self.num_prior
+
+    def observe(self, losses: Tensor, where: Tensor | None = None) -> None:
+        """Renews the losses (n,) of all configurations, or of those whose indices (k,) are `where`.
+
+        The weights have moved since the others were observed: theirs are shifted by the mean change
+        of the renewed. nan or inf marks a configuration as not observed.
+        """
+        losses = torch.as_tensor(losses).to(self.losses)
+        where = torch.arange(len(self.widths)) if where is None else where
+        if losses.shape != where.shape:
+            raise ValueError(f"losses: expected shape {tuple(where.shape)}, got {tuple(losses.shape)}")
+        change = losses - self.losses[where]
+        change = change[change.isfinite()]
+        renewed = self.losses + (change.mean() if len(change) else 0.0)
+        renewed[where] = losses
+        self.losses = renewed
+
+    def sample(self, m: int) -> Tensor:
+        """Proposes m configurations (m, d) and appends them to the history, their losses nan."""
+        if not self.ready:
+            new = added = super().sample(m)
+            if len(self.widths) + m >= self.num_prior:
+                added = torch.cat([new, torch.ones(1, self.dim, dtype=new.dtype)])
+        else:
+            new = added = self.propose(m)
+        self.widths = torch.cat([self.widths, added.to(self.widths)])
+        self.losses = torch.cat([self.losses, self.losses.new_full((len(added),), math.nan)])
+        return new
+
+    @torch.no_grad()
+    def propose(self, m: int) -> Tensor:
+        """m configurations (m, d) from a GP on the history. Raises ValueError if no loss is finite."""
+        known = self.losses.isfinite()
+        if not known.any():
+            raise ValueError("losses: none is finite; observe() the history's losses before sample()")
+        widths = self.widths[known].double()
+        model = GP(self.unit(widths), self.losses[known], self.hyper).fit()
+        self.hyper = model.hyper
+
+        def acquisition(a):
+            return ucb(*model.posterior(self.unit(a)), self.beta)
+
+        if self.targeted:
+            # One target from each m-th part of the cost range: uniform, and proposals of a round differ.
+            part = torch.randperm(m, generator=self.generator)
+            smallest = self.cost(self.box(self.lower)).item()
+            target = (smallest + (1 - smallest) * (part + self.rand(m)) / m).to(widths)
+            best = self.minimize(lambda a: acquisition(self.at_cost(a, target)), m, widths)
+            return self.at_cost(best, target)
+
+        # Lambda uniform, both objectives scaled to [0, 1] over what is known, from the ideal point 0.
+        weight = self.rand(m).to(widths)
+        weights = torch.stack([1 - weight, weight], -1)
+        low, high = self.losses[known].aminmax()
+
+        def scalarized(a):
+            loss = (acquisition(a) - low) / (high - low).clamp_min(1e-12)
+            return chebyshev(torch.stack([loss, self.cost(a, relaxed=True)], -1), weights)
+
+        return self.minimize(scalarized, m, widths)
+
+    def minimize(self, fn, m, starts):
+        raw = 256 if self.lower < 1 else 1
+        return optimize_acquisition(fn, self.lower, 1.0, self.dim, m, starts, raw, generator=self.generator)[0]
+
+    def at_cost(self, a: Tensor, target: Tensor) -> Tensor:
+        """Widens or narrows all layers of a (..., m, d) alike, within the box, until they cost target (m,).
+
+        Differentiable in a (implicit function theorem), so that minimising fn(at_cost(a)) over the
+        box is minimising fn on the surface of that cost.
+        """
+        with torch.no_grad():
+            low, high = (torch.full_like(a[..., :1], s * (1 - self.lower)) for s in (-1, 1))
+            for _ in range(8):  # bisection: the cost grows with the shift
+                shift = (low + high) / 2
+                below = self.cost(self.box(a + shift), relaxed=True)[..., None] < target[..., None]
+                low, high = torch.where(below, shift, low), torch.where(below, high, shift)
+        # One Newton step from there lands on the surface and carries the gradient.
+        with torch.enable_grad():
+            shift.requires_grad_()
+            excess = self.cost(self.box(a + shift), relaxed=True) - target
+            (slope,) = torch.autograd.grad(excess.sum(), shift, retain_graph=a.requires_grad)
+        shift = shift.detach()
+        newton = -excess[..., None] / slope.clamp_min(1e-9)
+        return self.box(a + (shift + newton).clamp(low, high))
+
+    def box(self, a: Tensor | float) -> Tensor:
+        if isinstance(a, float):
+            return torch.full((self.dim,), a, dtype=torch.float64)
+        return a.clamp(self.lower, 1)
+
+    def unit(self, a):
+        return (a - self.lower) / max(1 - self.lower, 1e-9)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        hyper = {} if self.hyper is None else {"hyper": self.hyper}
+        return super().state_dict() | {"widths": self.widths, "losses": self.losses} | hyper
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        super().load_state_dict(state)
+        self.widths, self.losses, self.hyper = state["widths"], state["losses"], state.get("hyper")
+
+
+# ------------------------------------------------------------------------------ weights
+
+
+def sandwich_step(
+    net: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    widths: Iterable[Tensor],
+    lower: float = 0.42,
+    label_smoothing: float = 0.0,
+    amp: bool = False,
+    scale: float = 1.0,
+) -> Tensor:
+    """Adds up the gradients of one step: sandwich rule with in-place distillation (US-Nets, section 3).
+
+    The full network learns from the labels; each of `widths` and the smallest network (`lower`
+    everywhere) from the full network's softmax. Clearing gradients before and stepping the optimiser
+    after are the caller's, and so is the all-reduce: one, whatever the number of widths.
+
+    Args:
+        x, y: images (b, c, h, w) and class indices (b,).
+        widths: configurations, each (d,).
+        amp: bfloat16 autocast in the forward passes.
+        scale: multiplies the loss before backward, 1 / k for one of k parts of a batch.
+    Returns the losses (len(widths) + 2,), detached, on x's device: full, widths, smallest.
+    """
+
+    def learn(a, target, smoothing=0.0):
+        net.set_widths(a)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+            logits = net(x)
+            loss = F.cross_entropy(logits, target, label_smoothing=smoothing)
+        (loss * scale).backward()  # now, so that one pass's activations are free before the next
+        losses.append(loss.detach())
+        return logits.detach()
+
+    losses = []
+    teacher = learn(1.0, y, label_smoothing).float().softmax(1)
+    for a in (*widths, lower):
+        learn(a, teacher)
+    return torch.stack(losses)
+
+
+@torch.no_grad()
+def evaluate(net: nn.Module, widths: Iterable[Tensor], x: Tensor, y: Tensor, amp: bool = False) -> Tensor:
+    """Cross-entropy (n,) at each configuration on one batch, with that batch's BatchNorm statistics.
+
+    Weights and running statistics stay as they are (`models.BatchNorm2d` does not track in
+    training); the widths stay at the last configuration.
+    """
+    training = net.training
+    net.train()
+    losses = []
+    for a in widths:
+        net.set_widths(a)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+            losses.append(F.cross_entropy(net(x), y))
+    net.train(training)
+    return torch.stack(losses) if losses else x.new_zeros(0)
+
+
+@torch.no_grad()
+def calibrate_bn(net: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Sets every BatchNorm's running statistics for the configuration now set.
+
+    Cumulative average over the batches' means and (unbiased) variances, each batch counting alike.
+    Raises ValueError if there is no batch.
+    """
+    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta, training = [m.momentum for m in norms], net.training
+    for m in norms:
+        m.reset_running_stats()
+    net.train()
+    count = 0
+    for count, x in enumerate(batches, 1):
+        for m in norms:
+            m.momentum = 1 / count
+        net(x)
+    for m, momentum in zip(norms, momenta):
+        m.momentum = momentum
+    net.train(training)
+    if count == 0:
+        raise ValueError("batches: at least one is needed to calibrate BatchNorm")
+
+
+# ------------------------------------------------------------------------------ the front
+
+
+def pareto_front(loss: Tensor, cost: Tensor) -> Tensor:
+    """Indices (k,) of the non-dominated among (loss, cost) pairs (n,), both minimised, by rising cost.
+
+    Of equal pairs the first is kept. A loss that is nan or infinite is dominated by all.
+    """
+    if loss.ndim != 1 or loss.shape != cost.shape:
+        raise ValueError(f"loss, cost: expected one shape (n,), got {tuple(loss.shape)} and {tuple(cost.shape)}")
+    loss = loss.nan_to_num(torch.inf, torch.inf)
+    order = loss.argsort(stable=True)
+    order = order[cost[order].argsort(stable=True)]
+    ranked = loss[order]
+    cheaper_best = F.pad(ranked.cummin(0).values[:-1], (1, 0), value=torch.inf)[: len(ranked)]
+    return order[ranked < cheaper_best]
+
+
+def shortlist(loss: Tensor, cost: Tensor, k: int) -> Tensor:
+    """Indices of the at least k (of all n, where k > n) that lie nearest the front.
+
+    Whole fronts are taken one after the other, each of what the earlier ones left. Those whose loss
+    is nan or infinite come first: nothing is known against them.
+    """
+    chosen = (~loss.isfinite()).nonzero()[:, 0]
+    left = loss.isfinite().nonzero()[:, 0]
+    while len(chosen) < k and len(left):
+        front = pareto_front(loss[left], cost[left])
+        chosen = torch.cat([chosen, left[front]])
+        keep = torch.ones(len(left), dtype=torch.bool, device=left.device)
+        keep[front] = False
+        left = left[keep]
+    return chosen
+
+
+def front_area(loss: Tensor, cost: Tensor, low: float | None = None, high: float = 1.0) -> float:
+    """Area under the front: the integral over budgets in [low, high] of the least loss within each.
+
+    loss, cost: (n,). `low` defaults to the smallest cost; below that no configuration fits the
+    budget, so a lower `low` raises ValueError.
+    """
+    front = pareto_front(loss, cost)
+    if len(front) == 0:
+        raise ValueError("loss: none is finite")
+    loss, cost = loss[front].double(), cost[front].double()
+    low = cost[0].item() if low is None else low
+    if low < cost[0]:
+        raise ValueError(f"low: no configuration costs as little as {low:g}; the cheapest costs {cost[0].item():g}")
+    edges = torch.cat([cost, cost.new_tensor([high])]).clamp(low, max(low, high))
+    return (loss * edges.diff()).sum().item()

@@ -1,0 +1,469 @@
+"""Slimmable ResNet and MobileNetV2: one set of weights, every layer-wise width.
+
+    net = build("mbv2", num_classes=1000, image_size=224)
+    net.set_widths(0.5)                       # every group at half its channels
+    net.set_widths(torch.rand(net.num_widths).clamp(min=0.42))
+    net(x).sum().backward()                   # runs and trains at those widths
+    net.flops(a), net.params(a), net.memory(a)   # a (..., num_widths) -> (...,)
+    plain = net.extract()                     # an ordinary nn.Sequential, weights cut and copied
+
+The whole idea is the `WidthGroup`: tensors that are added share one, a layer is told which group
+it reads and which it writes, and choosing widths is setting each group's `active` once. Forward
+passes read like the ordinary networks'; costs are found by watching one forward pass.
+
+To make another network slimmable, write it with `Conv2d`, `BatchNorm2d` and `Linear` of this file
+and wrap it: `Slimmable(OrderedDict(net=MyNet()), image=(3, 32, 32))`.
+
+This file needs torch alone.
+"""
+
+import copy
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+# ------------------------------------------------------------------------------ slimmable layers
+
+
+class WidthGroup:
+    """Channels that must agree. `max` exist, the first `active` of them are in use.
+
+    A `fixed` group (image channels, MobileNetV2's last 1280) is never slimmed and takes no place in
+    the width vector.
+    """
+
+    def __init__(self, max: int, fixed: bool = False):
+        self.max = self.active = max
+        self.fixed = fixed
+
+
+def leading(t: Tensor, *sizes: int) -> Tensor:
+    """The leading block of `t`; `t` itself where nothing is cut, since a slice costs a backward copy."""
+    return t if t.shape[: len(sizes)] == sizes else t[tuple(map(slice, sizes))]
+
+
+class Conv2d(nn.Conv2d):
+    """`nn.Conv2d` ("same" padding) from the group it reads to the group it writes."""
+
+    def __init__(self, reads, writes, kernel_size, stride=1, depthwise=False, bias=False):
+        groups = writes.max if depthwise else 1
+        super().__init__(reads.max, writes.max, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias)
+        self.reads, self.writes, self.depthwise = reads, writes, depthwise
+
+    def forward(self, x):
+        i, o = (1 if self.depthwise else self.reads.active), self.writes.active
+        bias = None if self.bias is None else leading(self.bias, o)
+        groups = o if self.depthwise else 1
+        return F.conv2d(x, leading(self.weight, o, i), bias, self.stride, self.padding, 1, groups)
+
+    def plain(self):
+        i, o = self.reads.active, self.writes.active
+        groups = o if self.depthwise else 1
+        return nn.Conv2d(i, o, self.kernel_size, self.stride, self.padding, groups=groups, bias=self.bias is not None)
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """`nn.BatchNorm2d` of a group, with momentum 0: training leaves running statistics alone.
+
+    They mean nothing while widths change. Calibration sets them for one configuration at a time, by
+    raising `momentum` for the time of a few forward passes (`joslim.calibrate_bn`).
+    """
+
+    def __init__(self, group):
+        super().__init__(group.max, momentum=0.0)
+        self.reads = self.writes = group
+
+    def forward(self, x):
+        n = self.writes.active
+        tracked = (self.running_mean, self.running_var) if self.momentum or not self.training else ()
+        mean, var = (leading(t, n) for t in tracked) if tracked else (None, None)
+        weight, bias = leading(self.weight, n), leading(self.bias, n)
+        return F.batch_norm(x, mean, var, weight, bias, self.training, self.momentum, self.eps)
+
+    def plain(self):
+        return nn.BatchNorm2d(self.writes.active, self.eps)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` from a group to `out_features` outputs, which are never slimmed."""
+
+    def __init__(self, reads, out_features):
+        super().__init__(reads.max, out_features)
+        self.reads, self.writes = reads, WidthGroup(out_features, fixed=True)
+
+    def forward(self, x):
+        return F.linear(x, leading(self.weight, self.out_features, self.reads.active), self.bias)
+
+    def plain(self):
+        return nn.Linear(self.reads.active, self.out_features)
+
+
+LAYERS = Conv2d, BatchNorm2d, Linear
+
+# ------------------------------------------------------------------------------ the slimmable network
+
+
+class Slimmable(nn.Sequential):
+    """A network whose layers read and write width groups.
+
+    Args:
+        layers: named children, run one after another.
+        image: (channels, height, width) of one input, for the costs.
+
+    Attributes:
+        groups: the width groups in the order in which the layers meet them; `widths[i]` sets
+            `groups[i]`.
+        names: for each group, the first layer that writes it.
+        num_widths: d, the length of a configuration.
+    """
+
+    def __init__(self, layers: "OrderedDict[str, nn.Module]", image: tuple[int, int, int]):
+        super().__init__(layers)
+        names = {}
+        for name, m in self.named_modules():
+            if isinstance(m, LAYERS) and not m.writes.fixed:
+                names.setdefault(m.writes, name)
+        self.groups, self.names = list(names), list(names.values())
+        self.num_widths = len(self.groups)
+        self._max = torch.tensor([g.max for g in self.groups], dtype=torch.float64)
+        self._flops, self._params, self._live = _watch(self, image)
+
+    def set_widths(self, a: Tensor | float) -> None:
+        """Run at configuration `a` (d,) in (0, 1]^d from now on; a float sets every group alike.
+
+        Group i keeps its first round(a_i * max_i) channels, at least one.
+        Raises ValueError for a wrong length or a value outside (0, 1].
+        """
+        channels = self.channels(a)
+        if channels.ndim != 1:
+            raise ValueError(f"set_widths: a must have shape ({self.num_widths},), got {tuple(channels.shape)}")
+        for group, n in zip(self.groups, channels.tolist()):
+            group.active = int(n)
+
+    def channels(self, a: Tensor | float, relaxed: bool = False) -> Tensor:
+        """Channel counts (..., d), float64, that `set_widths` gives; a * max, unrounded, where relaxed."""
+        a = torch.as_tensor(a, dtype=torch.float64)
+        if a.ndim == 0:
+            a = a.expand(self.num_widths)
+        if a.shape[-1] != self.num_widths:
+            raise ValueError(f"a: this network has {self.num_widths} widths, got {a.shape[-1]}")
+        if not ((a > 0) & (a <= 1)).all():
+            bad = a[~((a > 0) & (a <= 1))][0].item()
+            raise ValueError(f"a: widths must lie in (0, 1], got {bad:g}")
+        c = a * self._max.to(a.device)
+        return c if relaxed else c.round().clamp(min=1)
+
+    def flops(self, a: Tensor | float, relaxed: bool = False) -> Tensor:
+        """Multiply-accumulates of convolutions and linear layers for one image: a (..., d) -> (...,).
+
+        float64. `relaxed` skips the rounding of channel counts, which makes it differentiable in a.
+        """
+        return self._quadratic(self._flops, a, relaxed)
+
+    def params(self, a: Tensor | float, relaxed: bool = False) -> Tensor:
+        """Number of parameters: a (..., d) -> (...,). `relaxed` as in `flops`."""
+        return self._quadratic(self._params, a, relaxed)
+
+    def memory(self, a: Tensor | float, relaxed: bool = False) -> Tensor:
+        """Peak bytes of float32 inference at batch size 1: a (..., d) -> (...,). `relaxed` as in `flops`.
+
+        All weights, plus the largest set of activations alive at one time: what an operation reads
+        and writes, and what a later one still needs (the residual). ReLUs and additions work in
+        place; BatchNorm is not folded into the convolution before it.
+        """
+        c = _with_one(self.channels(a, relaxed))
+        live = (c @ self._live.to(c.device).T).amax(-1)
+        return 4 * (self._quadratic(self._params, a, relaxed) + live)
+
+    def _quadratic(self, form, a, relaxed):
+        # Every weight is a product of an input and an output group, so its size is a quadratic form
+        # in the channel counts: one matrix serves thousands of configurations at once.
+        c = _with_one(self.channels(a, relaxed))
+        return ((c @ form.to(c.device)) * c).sum(-1)
+
+    def extract(self, a: Tensor | float | None = None) -> nn.Sequential:
+        """A plain network (nn.Conv2d, nn.BatchNorm2d, nn.Linear) with copies of the weights used at `a`.
+
+        None means the widths now set, which this call leaves as they were. Running statistics come
+        along; they fit only the configuration that BatchNorm was last calibrated for.
+        """
+        before = [g.active for g in self.groups]
+        try:
+            if a is not None:
+                self.set_widths(a)
+            plain = {id(m): _plain(m) for m in self.modules() if isinstance(m, LAYERS)}
+        finally:
+            for g, n in zip(self.groups, before):
+                g.active = n
+        # deepcopy takes a module that its memo knows from there: every layer becomes its plain twin.
+        children = ((name, copy.deepcopy(m, plain)) for name, m in self.named_children())
+        return nn.Sequential(OrderedDict(children)).train(self.training)
+
+
+def _plain(layer):
+    plain, state = layer.plain(), layer.state_dict()
+    cut = {k: state[k][tuple(map(slice, v.shape))] for k, v in plain.state_dict().items()}
+    plain.to(layer.weight.device, layer.weight.dtype).load_state_dict(cut)
+    plain.requires_grad_(layer.weight.requires_grad)
+    return plain
+
+
+def _with_one(c):
+    return F.pad(c, (0, 1), value=1.0)
+
+
+class _Ops(TorchDispatchMode):
+    """Logs the activations that each operation reads and writes, and whose channels they carry."""
+
+    def __init__(self, image, group, weights):
+        super().__init__()
+        self.weights = {w.untyped_storage()._cdata for w in weights}
+        self.owner = {self.key(image): (group, image.numel())}
+        self.log, self.keep = [], [image]  # kept alive, so that no storage's address comes twice
+
+    def key(self, t):
+        return t.untyped_storage()._cdata
+
+    def own(self, t, group):
+        self.owner[self.key(t)] = group, t.numel()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        tensors = [t for t in tree_flatten((args, out))[0] if isinstance(t, Tensor)]
+        # Statistics are vectors and pooling's indices integers: neither is an activation.
+        active = [t for t in tensors if t.ndim > 1 and t.is_floating_point() and self.key(t) not in self.weights]
+        for t in active:
+            if self.key(t) not in self.owner:  # a pooling's output, say: the channels of its input
+                self.own(t, self.owner[self.key(active[0])][0])
+        self.keep += tensors
+        self.log.append([self.key(t) for t in active])
+        return out
+
+
+@torch.no_grad()
+def _watch(net, image):
+    """The cost tables of `net`, from one forward pass on the meta device (no arithmetic is done).
+
+    Channel counts c are followed by a 1. FLOPs and parameters are c' Q c; activations alive at one
+    time are the rows of a matrix times c.
+    """
+    d = net.num_widths
+    place = {g: i for i, g in enumerate(net.groups)}
+    flops, params = (torch.zeros(d + 1, d + 1, dtype=torch.float64) for _ in range(2))
+
+    def term(group):  # where a group's count stands in (c, 1), and what multiplies it there
+        return (place[group], 1) if group in place else (d, group.max if group else 1)
+
+    def note(layer, _, out):
+        ops.own(out, layer.writes)
+        calls.append((layer, out))
+
+    training, calls = net.training, []
+    state = {k: v.to("meta") for k, v in (*net.named_parameters(), *net.named_buffers())}
+    x = torch.empty(1, *image, device="meta")
+    ops = _Ops(x, WidthGroup(image[0], fixed=True), state.values())
+    hooks = [m.register_forward_hook(note) for m in net.modules() if isinstance(m, LAYERS)]
+    with ops:
+        torch.func.functional_call(net.eval(), state, x)
+    for hook in hooks:
+        hook.remove()
+    net.train(training)
+
+    for layer, out in calls:
+        for p in layer.parameters(recurse=False):
+            matrix = p.ndim > 1  # a vector's size, like a depthwise kernel's, goes with one group only
+            reads = layer.reads if matrix and not getattr(layer, "depthwise", False) else None
+            (i, m), (j, n) = term(reads), term(layer.writes)
+            size = m * n * (p[0, 0].numel() if matrix else 1)
+            params[i, j] += size
+            if matrix:
+                flops[i, j] += size * out[0, 0].numel()
+
+    first, last = {}, {}
+    for step, keys in enumerate(ops.log):
+        for k in keys:
+            first.setdefault(k, step)
+            last[k] = step
+    live = torch.zeros(len(ops.log), d + 1, dtype=torch.float64)
+    for k, step in first.items():
+        group, numel = ops.owner[k]
+        i, m = term(group)
+        live[step : last[k] + 1, i] += m * numel // group.max
+    live = live.unique(dim=0)
+    below = (live[:, None] <= live[None]).all(-1).sum(1) > 1  # never the largest: another row is above it
+    return flops, params, live[~below]
+
+
+# ------------------------------------------------------------------------------ the architectures
+
+
+class BasicBlock(nn.Module):
+    """ResNet's two 3x3 convolutions. Parameter names are torchvision's."""
+
+    expansion = 1
+
+    def __init__(self, reads, writes, planes, stride, projection):
+        super().__init__()
+        inner = WidthGroup(planes)
+        self.conv1, self.bn1 = Conv2d(reads, inner, 3, stride), BatchNorm2d(inner)
+        self.conv2, self.bn2 = Conv2d(inner, writes, 3), BatchNorm2d(writes)
+        self.relu, self.stride = nn.ReLU(inplace=True), stride
+        self.downsample = nn.Sequential(Conv2d(reads, writes, 1, stride), BatchNorm2d(writes)) if projection else None
+
+    def forward(self, x):
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return self.relu(add_shortcut(out, x, self.downsample, self.stride))
+
+
+class Bottleneck(nn.Module):
+    """ResNet's 1x1, 3x3, 1x1 block, stride on the 3x3 as in torchvision, whose parameter names these are."""
+
+    expansion = 4
+
+    def __init__(self, reads, writes, planes, stride, projection):
+        super().__init__()
+        one, two = WidthGroup(planes), WidthGroup(planes)
+        self.conv1, self.bn1 = Conv2d(reads, one, 1), BatchNorm2d(one)
+        self.conv2, self.bn2 = Conv2d(one, two, 3, stride), BatchNorm2d(two)
+        self.conv3, self.bn3 = Conv2d(two, writes, 1), BatchNorm2d(writes)
+        self.relu, self.stride = nn.ReLU(inplace=True), stride
+        self.downsample = nn.Sequential(Conv2d(reads, writes, 1, stride), BatchNorm2d(writes)) if projection else None
+
+    def forward(self, x):
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        return self.relu(add_shortcut(out, x, self.downsample, self.stride))
+
+
+def add_shortcut(out, x, downsample, stride):
+    """Adds the block's input to `out` in place, projected, or parameter-free (He et al. 2016, option A).
+
+    Parameter-free between stages: every stride-th pixel, channel i to channel i, as far as both have
+    channels; layer-wise widths can leave the later stage the narrower one.
+    """
+    if downsample is not None:
+        out += downsample(x)
+    elif out.shape == x.shape:
+        out += x
+    else:
+        n = min(out.shape[1], x.shape[1])
+        out[:, :n] += x[:, :n, ::stride, ::stride]
+    return out
+
+
+def resnet(block, depths, num_classes, image, cifar=False):
+    """ResNet (He et al. 2016): CIFAR form (3x3 stem, parameter-free shortcuts) or torchvision's ImageNet form."""
+    planes = (16, 32, 64) if cifar else (64, 128, 256, 512)
+    pixels, reads = WidthGroup(image[0], fixed=True), WidthGroup(planes[0])
+    stem = Conv2d(pixels, reads, 3) if cifar else Conv2d(pixels, reads, 7, 2)
+    layers = OrderedDict(conv1=stem, bn1=BatchNorm2d(reads), relu=nn.ReLU(inplace=True))
+    if not cifar:
+        layers["maxpool"] = nn.MaxPool2d(3, 2, 1)
+    for s, (n, depth) in enumerate(zip(planes, depths)):
+        blocks = []
+        for b in range(depth):
+            stride = 2 if s > 0 and b == 0 else 1
+            # An input that is added as it is shares the output's group.
+            same = stride == 1 and reads.max == n * block.expansion
+            writes = reads if same else WidthGroup(n * block.expansion)
+            blocks.append(block(reads, writes, n, stride, projection=not same and not cifar))
+            reads = writes
+        layers[f"layer{s + 1}"] = nn.Sequential(*blocks)
+    layers.update(avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=Linear(reads, num_classes))
+    return Slimmable(_initialised(layers), image)
+
+
+def conv_bn_relu6(reads, writes, kernel_size, stride=1, depthwise=False):
+    conv = Conv2d(reads, writes, kernel_size, stride, depthwise)
+    return nn.Sequential(conv, BatchNorm2d(writes), nn.ReLU6(inplace=True))
+
+
+class InvertedResidual(nn.Module):
+    """MobileNetV2's expand, depthwise, project. Parameter names are torchvision's."""
+
+    def __init__(self, reads, writes, stride, expansion):
+        super().__init__()
+        hidden = reads if expansion == 1 else WidthGroup(reads.max * expansion)
+        expand = [] if expansion == 1 else [conv_bn_relu6(reads, hidden, 1)]
+        depthwise = conv_bn_relu6(hidden, hidden, 3, stride, depthwise=True)
+        self.conv = nn.Sequential(*expand, depthwise, Conv2d(hidden, writes, 1), BatchNorm2d(writes))
+        self.residual = reads is writes
+
+    def forward(self, x):
+        out = self.conv(x)
+        return out.add_(x) if self.residual else out
+
+
+def mobilenet_v2(num_classes, image):
+    """MobileNetV2 (Sandler et al. 2018) in torchvision's form, without dropout; its last 1280 channels stay."""
+    pixels, last = WidthGroup(image[0], fixed=True), WidthGroup(1280, fixed=True)
+    reads = WidthGroup(32)
+    features = [conv_bn_relu6(pixels, reads, 3, 2)]
+    for expansion, n, repeats, stride in (
+        (1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)
+    ):  # fmt: skip
+        writes = WidthGroup(n)
+        for b in range(repeats):
+            features.append(InvertedResidual(reads, writes, stride if b == 0 else 1, expansion))
+            reads = writes
+    features.append(conv_bn_relu6(reads, last, 1))
+    layers = OrderedDict(
+        features=nn.Sequential(*features),
+        avgpool=nn.AdaptiveAvgPool2d(1),
+        flatten=nn.Flatten(),
+        classifier=nn.Sequential(nn.Identity(), Linear(last, num_classes)),  # Identity: torchvision's dropout
+    )
+    return Slimmable(_initialised(layers), image)
+
+
+def _initialised(layers):
+    for layer in layers.values():
+        for m in layer.modules():
+            if isinstance(m, Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out")
+            elif isinstance(m, Linear):
+                nn.init.normal_(m.weight, 0, 0.01)
+                nn.init.zeros_(m.bias)
+    return layers
+
+
+RESNETS = {
+    "resnet8": (BasicBlock, (1, 1, 1)),
+    "resnet20": (BasicBlock, (3, 3, 3)),
+    "resnet32": (BasicBlock, (5, 5, 5)),
+    "resnet44": (BasicBlock, (7, 7, 7)),
+    "resnet56": (BasicBlock, (9, 9, 9)),
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+    "resnet101": (Bottleneck, (3, 4, 23, 3)),
+    "resnet152": (Bottleneck, (3, 8, 36, 3)),
+}
+ARCHS = (*RESNETS, "mbv2")
+
+
+def build(arch: str, num_classes: int, image_size: int, in_channels: int = 3) -> Slimmable:
+    """A freshly initialised slimmable network (torch's global generator draws the weights).
+
+    Args:
+        arch: one of ARCHS. resnet8 to resnet56 in steps of 12 are the CIFAR form (three stages), the
+            other ResNets and mbv2 the ImageNet form with torchvision's parameter names.
+        image_size: height and width of the square inputs, for the costs.
+    Raises ValueError for an unknown arch or a count below 1.
+    """
+    for name, value in (("num_classes", num_classes), ("image_size", image_size), ("in_channels", in_channels)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    image = in_channels, image_size, image_size
+    if arch == "mbv2":
+        return mobilenet_v2(num_classes, image)
+    if arch not in RESNETS:
+        raise ValueError(f"arch: unknown {arch!r}, choose from {', '.join(ARCHS)}")
+    block, depths = RESNETS[arch]
+    return resnet(block, depths, num_classes, image, cifar=len(depths) == 3)

@@ -1,0 +1,809 @@
+#!/usr/bin/env python3
+"""Train a slimmable network and find the widths at which it is best for every compute budget.
+
+    python train.py                                      # synthetic images, resnet8, CPU, 3 minutes
+    python train.py --data cifar100 --data-dir DIR       # resnet56 on one GPU
+    torchrun --nproc_per_node=8 train.py --arch mbv2 --data imagenet --data-dir DIR
+    torchrun --nnodes=2 --node_rank=R --master_addr=HOST --nproc_per_node=8 train.py ...  # on each of two nodes
+
+Written under --out: checkpoint.pt, log.jsonl, front.csv and, where matplotlib is installed, front.png.
+"""
+
+import argparse
+import csv
+import fcntl
+import gzip
+import json
+import math
+import os
+import pickle
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from torchvision.transforms import v2 as transforms
+
+import models
+from joslim import Joslim, RandomWidths, UniformWidths
+from joslim import calibrate_bn, evaluate, pareto_front, sandwich_step, shortlist
+
+# Defaults per data set, and per data set and arch; the command line overrules both.
+# lr is for a batch of 256 and scales with --batch-size.
+COMMON = dict(
+    num_samples=2, num_prior=20, beta=0.1, lower=0.42, warmup_epochs=5.0, label_smoothing=0.0,
+    reevaluate=200, eval_images=1024, calibrate_images=2048, front_size=20,
+)  # fmt: skip
+CIFAR = dict(
+    arch="resnet56", epochs=200, batch_size=128, lr=0.1, weight_decay=5e-4, tau=235, held_out=5000,
+    eval_images=512, image_size=32,
+)  # fmt: skip
+IMAGENET = dict(
+    arch="mbv2", epochs=250, batch_size=1024, lr=0.125, weight_decay=4e-5, tau=625, held_out=10000,
+    label_smoothing=0.1, image_size=224,
+)  # fmt: skip
+RECIPES = {
+    "synthetic": dict(
+        arch="resnet8", epochs=2, batch_size=64, lr=0.15, weight_decay=5e-4, tau=12, held_out=512, image_size=32,
+        warmup_epochs=0.5, reevaluate=16, eval_images=128, calibrate_images=512, front_size=12,
+    ),
+    "fashion-mnist": dict(
+        arch="resnet8", epochs=5, batch_size=128, lr=0.2, weight_decay=5e-4, tau=40, held_out=5000, image_size=28,
+        warmup_epochs=0.5, reevaluate=32, eval_images=256, calibrate_images=1024, front_size=16,
+    ),
+    "cifar10": CIFAR,
+    "cifar100": CIFAR,
+    "imagenet": IMAGENET,
+    "imagenet resnet18": dict(epochs=100, tau=250),
+}  # fmt: skip
+# Flags that may change between a run and its continuation: they decide where and how fast, not what.
+FREE = {"out", "resume", "device", "data_dir", "workers", "save_minutes", "log_seconds", "compare", "download"}
+
+
+class UserError(Exception):
+    """What the user can mend: printed as one line, exit code 2."""
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    recipe = "(default: the recipe's)"
+    p.add_argument("--data", default="synthetic", choices=[k for k in RECIPES if " " not in k], help="data set")
+    p.add_argument("--data-dir", type=Path, help="where the data set's files lie (imagenet: holds train/ and val/)")
+    p.add_argument("--arch", choices=models.ARCHS, help=f"network {recipe}")
+    p.add_argument("--method", default="joslim", choices=["joslim", "slim", "twostage"],
+                   help="widths from Bayesian optimisation, uniform, or random and searched afterwards")
+    p.add_argument("--cost", default="flops", choices=["flops", "params", "memory"], help="what a budget limits")
+    p.add_argument("--epochs", type=int, help=recipe)
+    p.add_argument("--batch-size", type=int, help=f"images per step, all processes together {recipe}")
+    p.add_argument("--lr", type=float, help=f"peak learning rate at batch 256; scaled by batch / 256 {recipe}")
+    p.add_argument("--weight-decay", type=float, help=f"not on BatchNorm and biases {recipe}")
+    p.add_argument("--warmup-epochs", type=float, help=f"linear warm-up {recipe}")
+    p.add_argument("--label-smoothing", type=float, help=f"for the full network {recipe}")
+    p.add_argument("--tau", type=int, help=f"steps between proposals {recipe}")
+    p.add_argument("--num-samples", type=int, metavar="M", help=f"sub-networks per step {recipe}")
+    p.add_argument("--num-prior", type=int, metavar="N0", help=f"uniform proposals before the GP's {recipe}")
+    p.add_argument("--beta", type=float, help=f"variance's weight in the acquisition {recipe}")
+    p.add_argument("--lower", type=float, metavar="W0", help=f"smallest width multiplier {recipe}")
+    p.add_argument("--random-lambda", action="store_true", help="draw lambda, not a target cost, per proposal")
+    p.add_argument("--held-out", type=int, help=f"training images kept for judging configurations {recipe}")
+    p.add_argument("--reevaluate", type=int, metavar="K",
+                   help=f"renew the losses of about K configurations per round, those nearest the front {recipe}")
+    p.add_argument("--eval-images", type=int, help=f"held-out images per re-evaluation {recipe}")
+    p.add_argument("--calibrate-images", type=int, help=f"training images for BatchNorm's statistics {recipe}")
+    p.add_argument("--front-size", type=int, help=f"configurations tested at the end, at most {recipe}")
+    p.add_argument("--image-size", type=int, help="resize images to this (default: the data's own)")
+    p.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1),
+                   help="loading processes per training process, image folders only (default: %(default)s)")
+    p.add_argument("--download", action="store_true", help="let torchvision fetch a missing CIFAR or Fashion-MNIST")
+    p.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: on CUDA only)")
+    p.add_argument("--seed", type=int, default=0, help="of weights, split, data order, widths (default: %(default)s)")
+    p.add_argument("--out", type=Path, help="run folder (default: runs/<data>-<arch>-<method>-<seed>)")
+    p.add_argument("--resume", action="store_true", help="continue the run in --out; start it if there is none")
+    p.add_argument("--save-minutes", type=float, default=10.0,
+                   help="checkpoint at least this often, besides each epoch's end (default: %(default)s)")
+    p.add_argument("--log-seconds", type=float, default=10.0, help="between progress lines (default: %(default)s)")
+    args = p.parse_args(argv)
+    recipe = COMMON | RECIPES[args.data]
+    args.arch = args.arch or recipe["arch"]
+    recipe |= RECIPES.get(f"{args.data} {args.arch}", {})
+    for name, value in recipe.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.out = args.out or Path("runs", f"{args.data}-{args.arch}-{args.method}-{args.seed}")
+    for name in ("epochs", "batch_size", "tau", "num_samples", "num_prior", "held_out", "reevaluate", "eval_images",
+                 "calibrate_images", "front_size", "image_size"):  # fmt: skip
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    for name in ("lr", "weight_decay", "warmup_epochs", "beta", "workers", "save_minutes", "log_seconds", "seed"):
+        if not getattr(args, name) >= 0:
+            raise UserError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
+    if not 0 < args.lower <= 1:
+        raise UserError(f"--lower must lie in (0, 1], got {args.lower}")
+    if not 0 <= args.label_smoothing < 1:
+        raise UserError(f"--label-smoothing must lie in [0, 1), got {args.label_smoothing}")
+    if args.data != "synthetic" and args.data_dir is None:
+        raise UserError(f"--data {args.data} needs --data-dir, the folder that holds its files")
+    return args
+
+
+# ------------------------------------------------------------------------------ processes
+
+
+class World:
+    """This process among all that torchrun started; alone without it."""
+
+    def __init__(self, device):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            self.device = torch.device(device)
+        except RuntimeError:
+            raise UserError(f"--device: {device!r} is no device; try cpu, cuda or cuda:0") from None
+        if self.device.type not in ("cpu", "cuda"):
+            raise UserError(f"--device: {device!r} is not supported; try cpu, cuda or cuda:0")
+        if self.device.type == "cuda":
+            index = local if self.size > 1 else self.device.index or 0
+            if index >= torch.cuda.device_count():
+                raise UserError(f"--device {device}: GPU {index} asked for, this machine has {torch.cuda.device_count()}")
+            self.device = torch.device("cuda", index)
+            torch.cuda.set_device(self.device)
+        if self.size > 1:
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(minutes=30))
+
+    def mean(self, t):
+        """The tensor's mean over processes, in place: one all-reduce."""
+        if self.size > 1:
+            dist.all_reduce(t)
+            t /= self.size
+        return t
+
+    def from_first(self, value):
+        """Process 0's value, on every process."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, device=self.device)
+        return box[0]
+
+    def spread(self, items, fn):
+        """fn(item) -> (k,) for every item, each computed by one process: (len(items), k) on all."""
+        mine = {i: fn(items[i]) for i in range(self.rank, len(items), self.size)}
+        width = self.from_first(len(next(iter(mine.values()))) if mine else 0)
+        rows = torch.zeros(len(items), width, dtype=torch.float64, device=self.device)
+        for i, row in mine.items():
+            rows[i] = row
+        return self.mean(rows).cpu() * self.size
+
+
+# ------------------------------------------------------------------------------ data
+
+
+def seeded(*keys):
+    """A CPU generator whose stream depends on all keys (whole numbers) alone."""
+    seed = 0
+    for k in keys:
+        seed = (seed * 1_000_003 + k + 1) % 2**63
+    return torch.Generator().manual_seed(seed)
+
+
+def synthetic(n, seed, classes=12, parts=12, size=32, patch=11):
+    """n images (n, 3, 32, 32) uint8 and labels: each class is a triple of coloured patches.
+
+    The patches lie anywhere, over clouds and noise, and classes share them. A network must keep
+    apart all 12 patches, which takes channels.
+    """
+    g = seeded(0)
+    shapes = F.avg_pool2d(F.pad(torch.randn(parts, 3, patch, patch, generator=g), (1, 1, 1, 1), "replicate"), 3, 1)
+    r = torch.linspace(-1, 1, patch)
+    shapes = shapes * (1 - r[:, None] ** 2 - r**2).clamp_min(0).sqrt()
+    shapes /= shapes.std((1, 2, 3), keepdim=True)
+    triples = torch.combinations(torch.arange(parts), 3)
+    members = triples[torch.randperm(len(triples), generator=g)[:classes]]
+
+    g = seeded(1, seed)
+    y = torch.randint(classes, (n,), generator=g)
+    x = 0.5 * F.interpolate(torch.randn(n, 3, 5, 5, generator=g), size, mode="bilinear", align_corners=True)
+    x += 0.3 * torch.randn(n, 3, size, size, generator=g)
+    image, along = torch.arange(n)[:, None, None], torch.arange(patch)
+    for part in members[y].T:
+        top, left = torch.randint(size - patch + 1, (2, n, 1), generator=g)
+        where = image, slice(None), (top + along)[:, :, None], (left + along)[:, None, :]
+        gain = 0.8 + 0.8 * torch.rand(n, 1, 1, 1, generator=g)
+        x[where] += (gain * shapes[part]).permute(0, 2, 3, 1)
+    return (32 * x + 128).clamp(0, 255).byte(), y
+
+
+def read_idx(folder, name):
+    """A tensor from an IDX file (MNIST's format), gzipped or not."""
+    for path in (folder / name, folder / f"{name}.gz"):
+        if path.exists():
+            try:
+                raw = (gzip.open if path.suffix == ".gz" else open)(path, "rb").read()
+                shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(raw[3])]
+                return torch.frombuffer(bytearray(raw[4 + 4 * raw[3] :]), dtype=torch.uint8).reshape(shape)
+            except (OSError, EOFError, IndexError, RuntimeError, ValueError) as e:
+                raise UserError(f"{path}: not a readable IDX file ({e})") from None
+    raise UserError(f"--data-dir: {folder / name}[.gz] is missing; put the four files there, or try --download")
+
+
+class ArraysOnly(pickle.Unpickler):
+    """Reads what CIFAR's pickles hold, arrays and lists, and runs nothing else."""
+
+    def find_class(self, module, name):
+        if (module.split(".")[0], name) in {("numpy", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype"),
+                                            ("_codecs", "encode")}:  # fmt: skip
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def read_cifar(folder, pattern, key):
+    """Images and labels from the CIFAR files ("python version") that match the pattern."""
+    paths = sorted(folder.glob(pattern))
+    if not paths:
+        raise UserError(f"--data-dir: {folder / pattern} is missing; put CIFAR's python version there, or try --download")
+    x, y = [], []
+    for path in paths:
+        try:
+            with open(path, "rb") as f:
+                entry = ArraysOnly(f, encoding="bytes").load()
+            x.append(torch.as_tensor(entry[b"data"]).reshape(-1, 3, 32, 32))
+            y.append(torch.as_tensor(entry[key]))
+        except Exception as e:  # unpickling garbage raises nearly anything
+            raise UserError(f"{path}: not a readable CIFAR file ({e})") from None
+    return torch.cat(x), torch.cat(y)
+
+
+def load_arrays(args):
+    """-> (train x, train y), (test x, test y), number of classes; x uint8 (n, c, h, w)."""
+    if args.data == "synthetic":
+        return synthetic(8192 + args.held_out, 0), synthetic(4096, 1), 12
+    if not args.data_dir.is_dir():
+        raise UserError(f"--data-dir: {args.data_dir} is not a folder")
+    if args.download:
+        fetch = {"fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}[args.data]
+        getattr(torchvision.datasets, fetch)(args.data_dir, download=True)
+    if args.data == "fashion-mnist":
+        raw = args.data_dir / "FashionMNIST" / "raw"
+        sets = [(read_idx(raw, f"{s}-images-idx3-ubyte")[:, None], read_idx(raw, f"{s}-labels-idx1-ubyte").long())
+                for s in ("train", "t10k")]  # fmt: skip
+        return *sets, 10
+    if args.data == "cifar10":
+        folder, key = args.data_dir / "cifar-10-batches-py", b"labels"
+        return read_cifar(folder, "data_batch_[1-5]", key), read_cifar(folder, "test_batch", key), 10
+    folder, key = args.data_dir / "cifar-100-python", b"fine_labels"
+    return read_cifar(folder, "train", key), read_cifar(folder, "test", key), 100
+
+
+class ArrayData:
+    """A small data set: one uint8 tensor on the device, augmented in whole batches there."""
+
+    def __init__(self, args, world):
+        (x, y), (test_x, test_y), self.classes = load_arrays(args)
+        if args.image_size != x.shape[-1]:
+            x, test_x = (transforms.functional.resize(t, [args.image_size] * 2, antialias=True) for t in (x, test_x))
+        self.args, self.world, self.channels, device = args, world, x.shape[1], world.device
+        held, kept = split(len(x), args)
+        self.mean = x[kept].float().mean((0, 2, 3)).view(-1, 1, 1).to(device)
+        self.std = x[kept].float().std((0, 2, 3)).clamp_min(1).view(-1, 1, 1).to(device)
+        self.x, self.y = F.pad(x[kept], (4, 4, 4, 4)).to(device), y[kept].to(device)
+        self.held_x, self.held_y = x[held].to(device), y[held].to(device)
+        self.test_x, self.test_y = test_x.to(device), test_y.to(device)
+        self.steps = len(kept) // args.batch_size
+        self.flip = args.data != "synthetic"
+
+    def normal(self, x):
+        return (x.float() - self.mean) / self.std
+
+    def train(self, epoch, start):
+        """This process's share of the epoch's batches, from batch number `start` on."""
+        order, crop, flip = augmentation(self.args.seed, epoch, len(self.x))
+        size, share = self.args.image_size, self.args.batch_size // self.world.size
+        device, along = self.x.device, torch.arange(self.args.image_size)
+        for step in range(start, self.steps):
+            i = order[step * self.args.batch_size + self.world.rank * share :][:share]
+            columns = along.expand(share, size)
+            if self.flip:
+                columns = torch.where(flip[i, None], size - 1 - columns, columns)
+            rows, columns = crop[0, i, None] + along, crop[1, i, None] + columns
+            i, rows, columns = (t.to(device, non_blocking=True) for t in (i, rows, columns))
+            x = self.x[i[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+            yield self.normal(x), self.y[i]
+
+    def held_out(self, number):
+        """This process's share of held-out batch `number` (they go round)."""
+        n = self.args.eval_images
+        i = torch.arange(n * number, n * (number + 1))[self.world.rank :: self.world.size] % len(self.held_x)
+        i = i.to(self.held_x.device)
+        return self.normal(self.held_x[i]), self.held_y[i]
+
+    def batches(self, which):
+        """All (x, y) of "held-out", "test" or, unaugmented, "calibrate" images, the same on each process."""
+        if which == "calibrate":
+            n = self.args.calibrate_images
+            x, y = self.x[:n, :, 4:-4, 4:-4], self.y[:n]
+        else:
+            x, y = (self.held_x, self.held_y) if which == "held-out" else (self.test_x, self.test_y)
+        for i in range(0, len(x), 512):
+            yield self.normal(x[i : i + 512]), y[i : i + 512]
+
+
+def split(n, args):
+    """Indices of the held-out and of the other training images."""
+    if args.held_out + args.batch_size > n:
+        raise UserError(f"--batch-size {args.batch_size} and --held-out {args.held_out}: there are {n} training images")
+    order = torch.randperm(n, generator=seeded(2, args.seed))
+    return order[: args.held_out], order[args.held_out :]
+
+
+def augmentation(seed, epoch, n):
+    """The epoch's image order, and each image's crop offsets (2, n) and flip (n,)."""
+    g = seeded(3, seed, epoch)
+    order = torch.randperm(n, generator=g)
+    return order, torch.randint(9, (2, n), generator=g), torch.rand(n, generator=g) < 0.5
+
+
+class FolderImages(torch.utils.data.Dataset):
+    """Images of a folder of class folders; the index (epoch, i) decides image and augmentation alone."""
+
+    def __init__(self, folder, args):
+        if not folder.is_dir():
+            raise UserError(f"--data-dir: {folder} is missing; expected {args.data_dir} to hold train/ and val/")
+        try:
+            images = torchvision.datasets.ImageFolder(folder)
+        except FileNotFoundError as e:
+            raise UserError(f"--data-dir: {str(e).splitlines()[0]}") from None
+        self.samples, self.names, self.seed, size = images.samples, images.classes, args.seed, args.image_size
+        finish = [transforms.ToImage(), transforms.ToDtype(torch.float32, scale=True),
+                  transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]  # fmt: skip
+        self.augmented = transforms.Compose([
+            transforms.RandomResizedCrop(size, scale=(0.25, 1)), transforms.ColorJitter(0.4, 0.4, 0.4),
+            transforms.RandomHorizontalFlip(), *finish])  # fmt: skip
+        self.centred = transforms.Compose([
+            transforms.Resize(math.ceil(size * 256 / 224)), transforms.CenterCrop(size), *finish])  # fmt: skip
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, key):
+        epoch, i = key
+        path, label = self.samples[i]
+        try:
+            image = torchvision.datasets.folder.pil_loader(path)
+        except OSError as e:
+            raise UserError(f"{path}: not a readable image ({e})") from None
+        if epoch < 0:
+            return self.centred(image), label
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
+            torch.manual_seed(seeded(4, self.seed, epoch, i).initial_seed())
+            return self.augmented(image), label
+
+
+class FolderData:
+    """train/ and val/ with one folder per class, through torchvision's transforms and DataLoader workers."""
+
+    channels = 3
+
+    def __init__(self, args, world):
+        self.args, self.world = args, world
+        self.images, self.tests = (FolderImages(args.data_dir / s, args) for s in ("train", "val"))
+        if self.images.names != self.tests.names:
+            odd = sorted(set(self.images.names) ^ set(self.tests.names))
+            raise UserError(f"--data-dir: train/ and val/ differ in classes: {', '.join(odd[:3])}")
+        self.classes = len(self.images.names)
+        self.held, self.kept = (t.tolist() for t in split(len(self.images), args))
+        self.steps = len(self.kept) // args.batch_size
+
+    def load(self, images, batches):
+        """The listed batches of keys (epoch, i), in order."""
+        loader = torch.utils.data.DataLoader(
+            images, batch_sampler=batches, num_workers=self.args.workers, pin_memory=self.world.device.type == "cuda"
+        )
+        for x, y in loader:
+            yield x.to(self.world.device, non_blocking=True), y.to(self.world.device, non_blocking=True)
+
+    def train(self, epoch, start):
+        order, share = augmentation(self.args.seed, epoch, len(self.kept))[0].tolist(), 0
+        share = self.args.batch_size // self.world.size
+        firsts = (step * self.args.batch_size + self.world.rank * share for step in range(start, self.steps))
+        return self.load(self.images, [[(epoch, self.kept[i]) for i in order[f : f + share]] for f in firsts])
+
+    def held_out(self, number):
+        n = self.args.eval_images
+        i = range(n * number + self.world.rank, n * (number + 1), self.world.size)
+        return next(self.load(self.images, [[(-1, self.held[k % len(self.held)]) for k in i]]))
+
+    def batches(self, which):
+        if which == "test":
+            images, keys = self.tests, range(len(self.tests))
+        else:
+            images, keys = self.images, self.held if which == "held-out" else self.kept[: self.args.calibrate_images]
+        return self.load(images, [[(-1, i) for i in keys[k : k + 256]] for k in range(0, len(keys), 256)])
+
+
+# ------------------------------------------------------------------------------ weights
+
+
+def flatten(net):
+    """Moves parameters and gradients into flat tensors -> (with weight decay, without), all gradients.
+
+    One all-reduce and an optimiser of two tensors serve any number of layers. Each parameter keeps
+    its strides (channels_last). Vectors, which are BatchNorm's parameters and biases, do not decay.
+    """
+    groups = [[p for p in net.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False)]
+    sizes = [sum(p.numel() for p in g) for g in groups]
+    like = groups[0][0]
+    values, grads = (torch.zeros(sum(sizes), device=like.device, dtype=like.dtype) for _ in range(2))
+    offset = 0
+    for p in (*groups[0], *groups[1]):
+        value, grad = (t.as_strided(p.shape, p.stride(), offset) for t in (values, grads))
+        value.copy_(p.data)
+        p.data, p.grad = value, grad
+        offset += p.numel()
+    flat = []
+    for v, g in zip(values.split(sizes), grads.split(sizes)):
+        flat.append(torch.nn.Parameter(v))
+        flat[-1].grad = g
+    return flat, grads
+
+
+def learning_rate(step, steps_per_epoch, args):
+    """Linear warm-up, then linear decay to zero; the peak scales with the batch."""
+    total, warm = args.epochs * steps_per_epoch, args.warmup_epochs * steps_per_epoch
+    warm = min(warm, total / 2)
+    peak = args.lr * args.batch_size / 256
+    return peak * min((step + 1) / max(warm, 1), (total - step) / (total - warm))
+
+
+# ------------------------------------------------------------------------------ files
+
+
+@contextmanager
+def whole(path, mode="wb"):
+    """A file written whole or not at all: what stood at `path` stays until the new one is on disk."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, mode, newline="" if mode == "w" else None) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except OSError as e:
+        raise UserError(f"{path}: could not be written ({e.strerror or e}); what was there before is untouched") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def settings(args):
+    """The settings that decide a run's numbers, as plain values."""
+    return {k: v for k, v in sorted(vars(args).items()) if k not in FREE}
+
+
+def load_checkpoint(args):
+    """The run's checkpoint, or None where there is none."""
+    path = args.out / "checkpoint.pt"
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        theirs = state["settings"]
+    except Exception as e:  # a damaged file can raise nearly anything
+        raise UserError(f"{path}: not a readable checkpoint ({str(e).splitlines()[0]})") from None
+    mine = settings(args)
+    for name in sorted(mine.keys() | theirs.keys()):
+        if mine.get(name) != theirs.get(name):
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{path}: that run has {flag} {theirs.get(name)}, this one {mine.get(name)}; use another --out")
+    return state
+
+
+# ------------------------------------------------------------------------------ the run
+
+
+class Run:
+    """A run's state, and what is done with it; `main` reads as the algorithm."""
+
+    def __init__(self, args):
+        self.args, self.world = args, World(args.device)
+        world = self.world
+        if args.amp is None:
+            args.amp = world.device.type == "cuda"
+        if args.batch_size % world.size:
+            raise UserError(f"--batch-size {args.batch_size} does not divide among {world.size} processes")
+        if args.eval_images > args.held_out:
+            raise UserError(f"--eval-images {args.eval_images} is more than --held-out {args.held_out}")
+        self.open_folder()
+        self.data = (FolderData if args.data == "imagenet" else ArrayData)(args, world)
+        torch.manual_seed(args.seed)
+        self.net = models.build(args.arch, self.data.classes, args.image_size, self.data.channels)
+        layout = torch.channels_last if world.device.type == "cuda" else torch.contiguous_format
+        self.net.to(world.device, memory_format=layout).train()
+        self.flat, self.grads = flatten(self.net)
+        groups = [{"params": [self.flat[0]], "weight_decay": args.weight_decay},
+                  {"params": [self.flat[1]], "weight_decay": 0.0}]  # fmt: skip
+        self.optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=0.9)
+        self.full = getattr(self.net, args.cost)(1.0).item()
+        dim, steps = self.net.num_widths, self.data.steps * args.epochs
+        self.rounds = math.ceil(steps / args.tau)
+        kind = {"joslim": self.joslim, "slim": UniformWidths, "twostage": RandomWidths}[args.method]
+        self.sampler = kind(dim, lower=args.lower, seed=args.seed)
+        self.step, self.steps = 0, steps
+        self.widths = torch.empty(0, dim, dtype=torch.float64)
+        self.seconds = {"total": 0.0, "search": 0.0}
+        self.began = self.saved = time.perf_counter()
+
+    def cost(self, a, relaxed=False):
+        """Cost as a ratio to the full network's: a (..., d) -> (...,)."""
+        return getattr(self.net, self.args.cost)(a, relaxed=relaxed) / self.full
+
+    def joslim(self, dim, lower, seed):
+        args = self.args
+        return Joslim(dim, self.cost, lower, args.num_prior, args.beta, seed, targeted=not args.random_lambda)
+
+    # -------------------------------------------------------------- files
+
+    def open_folder(self):
+        """Opens the run's folder and its log, which this process keeps locked while it runs."""
+        args, self.log_file = self.args, None
+        if self.world.rank == 0:
+            try:
+                args.out.mkdir(parents=True, exist_ok=True)
+                fresh = not any((args.out / f).exists() for f in ("checkpoint.pt", "front.csv"))
+                if not fresh and not args.resume:
+                    raise UserError(f"--out: {args.out} already holds a run; continue it with --resume or name another")
+                self.log_file = open(args.out / "log.jsonl", "a" if args.resume else "w")
+                fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"--out: {args.out} is in use by another process") from None
+            except OSError as e:
+                raise UserError(f"--out: {args.out} cannot be written ({e.strerror})") from None
+
+    def log(self, event, **values):
+        if self.log_file:
+            self.log_file.write(json.dumps({"event": event, "step": self.step, **values}) + "\n")
+            self.log_file.flush()
+
+    def say(self, text):
+        if self.world.rank == 0:
+            print(text, flush=True)
+
+    def save(self):
+        """Checkpoint: tensors and plain values only. Every process's state is the same."""
+        self.clock()
+        if self.world.rank == 0:
+            state = {
+                "settings": settings(self.args), "step": self.step, "model": self.net.state_dict(),
+                "optimizer": self.optimizer.state_dict(), "sampler": self.sampler.state_dict(),
+                "widths": self.widths, "seconds": self.seconds,
+            }  # fmt: skip
+            with whole(self.args.out / "checkpoint.pt") as f:
+                torch.save(state, f)
+        self.saved = time.perf_counter()
+
+    def restore(self, state):
+        self.net.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.sampler.load_state_dict(state["sampler"])
+        self.step, self.widths, self.seconds = state["step"], state["widths"], state["seconds"]
+
+    def clock(self, part="total"):
+        """Adds the time since the last call to the run's total."""
+        now = time.perf_counter()
+        self.seconds["total"] += now - self.began
+        self.began = now
+        return self.seconds["total"]
+
+    @contextmanager
+    def searching(self):
+        """Counts the time of the block as the width search's."""
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()  # training steps still under way are not the search's
+        start = time.perf_counter()
+        yield
+        self.seconds["search"] += time.perf_counter() - start
+
+    # -------------------------------------------------------------- the algorithm
+
+    def main(self):
+        args, state = self.args, None
+        if args.resume:
+            state = self.world.from_first(load_checkpoint(args) if self.world.rank == 0 else None)
+            if state:
+                self.restore(state)
+            self.say(f"continuing {args.out} at step {self.step}" if state else f"no checkpoint in {args.out}: starting")
+        self.say("settings  " + "  ".join(f"{k}={v}" for k, v in settings(args).items()))
+        self.log("settings", **settings(args), processes=self.world.size, torch=torch.__version__)
+        self.say(f"{args.arch}: {self.net.num_widths} widths, {self.net.flops(1.0).item() / 1e6:.1f} MFLOPs, "
+                 f"{self.net.params(1.0).item() / 1e6:.3f} M parameters; {self.steps} steps on {self.world.size} x "
+                 f"{self.world.device.type}")  # fmt: skip
+
+        self.train()
+        with self.searching():
+            candidates = self.candidates()
+        rows = self.test_front(candidates)
+        self.check_agreement()
+        self.report(rows)
+
+    def train(self):
+        args = self.args
+        recent, shown, shown_step = [], time.perf_counter(), self.step
+        for epoch in range(self.step // self.data.steps, args.epochs):
+            for x, y in self.data.train(epoch, self.step - epoch * self.data.steps):
+                if args.method != "joslim":
+                    self.widths = self.sampler.sample(args.num_samples)
+                elif self.step % args.tau == 0:
+                    with self.searching():
+                        self.round()
+                for group in self.optimizer.param_groups:
+                    group["lr"] = learning_rate(self.step, self.data.steps, args)
+                self.grads.zero_()
+                losses = sandwich_step(self.net, x, y, self.widths, args.lower, args.label_smoothing, args.amp)
+                self.world.mean(self.grads)
+                self.optimizer.step()
+                self.step += 1
+
+                recent.append(losses)
+                now = time.perf_counter()
+                if now - shown > args.log_seconds or self.step == self.steps:
+                    self.progress(epoch, recent, (self.step - shown_step) * args.batch_size / (now - shown))
+                    recent, shown, shown_step = [], time.perf_counter(), self.step
+            self.save()
+
+    def progress(self, epoch, recent, speed):
+        losses = torch.stack(recent).mean(0).tolist()  # the loop's only wait for the device
+        total, lr = self.clock(), self.optimizer.param_groups[0]["lr"]
+        left = timedelta(seconds=round(total / self.step * (self.steps - self.step)))
+        share = self.seconds["search"] / total
+        self.say(f"epoch {epoch + 1}/{self.args.epochs}  step {self.step}/{self.steps}  loss full {losses[0]:.3f} "
+                 f"smallest {losses[-1]:.3f}  {speed:.0f} images/s  search {share:.1%}  {left} left")  # fmt: skip
+        self.log("train", epoch=epoch + 1, lr=lr, losses=losses, images_per_s=speed, seconds=total, search_share=share)
+
+    def round(self):
+        """Re-evaluates the history, then proposes: on process 0, for all."""
+        if self.sampler.ready:
+            x, y = self.data.held_out(self.step // self.args.tau)
+            due = self.sampler.due(self.args.reevaluate)
+            losses = evaluate(self.net, self.sampler.widths[due], x, y, self.args.amp)
+            self.sampler.observe(self.world.mean(losses), due)
+        if self.world.rank == 0:
+            self.widths = self.sampler.sample(self.args.num_samples)
+        state, self.widths = self.world.from_first((self.sampler.state_dict(), self.widths))
+        self.sampler.load_state_dict(state)
+        self.log("round", configurations=len(self.sampler.widths), cost=self.cost(self.widths).tolist(),
+                 widths=self.widths.tolist())  # fmt: skip
+
+    def candidates(self):
+        """The configurations among which the front is chosen: (n, d)."""
+        args, dim = self.args, self.net.num_widths
+        line = torch.linspace(args.lower, 1, args.front_size, dtype=torch.float64)[:, None].expand(-1, dim)
+        if args.method == "slim":
+            return line
+        sampler = self.search() if args.method == "twostage" else self.sampler
+        near = shortlist(sampler.losses, self.cost(sampler.widths), 2 * args.front_size)
+        return torch.cat([line[[0, -1]], sampler.widths[near]])  # the two trained at every step, in any case
+
+    def search(self):
+        """The two-stage method's second: the same sampler, the weights frozen."""
+        args, world = self.args, self.world
+        sampler = self.joslim(self.net.num_widths, args.lower, args.seed)
+        x, y = self.data.held_out(0)
+        while len(sampler.widths) < args.num_samples * self.rounds:
+            new = sampler.losses.isnan().nonzero()[:, 0]  # the others' losses cannot have changed
+            sampler.observe(world.mean(evaluate(self.net, sampler.widths[new], x, y, args.amp)), new)
+            if world.rank == 0:
+                sampler.sample(args.num_samples)
+            sampler.load_state_dict(world.from_first(sampler.state_dict()))
+        return sampler
+
+    def test_front(self, candidates):
+        """Picks the front on the held-out split, calibrates and tests each of it -> rows of front.csv."""
+        args, net, world = self.args, self.net, self.world
+
+        def held_out_loss(a):
+            parts = [evaluate(net, a[None], x, y, args.amp) * len(x) for x, y in self.data.batches("held-out")]
+            return torch.cat(parts).sum(0, keepdim=True) / args.held_out
+
+        cost = self.cost(candidates)
+        with self.searching():
+            loss = world.spread(candidates, held_out_loss)[:, 0]
+        loss[cost.argmax()] = -torch.inf  # the full network ends the front, whatever the noise says
+        front = candidates[thin(pareto_front(loss, cost), cost, args.front_size)]
+        self.say(f"testing {len(front)} configurations of the front")
+        net.eval()
+        tested = world.spread(front, self.test)
+        net.train()
+        columns = [f(front).tolist() for f in (net.flops, net.params, net.memory)]
+        return [(*map(int, costs), *result, a) for *costs, result, a in zip(*columns, tested.tolist(), front.tolist())]
+
+    def test(self, a):
+        """Test loss, top-1 and top-5 (%) at configuration a, BatchNorm calibrated for it."""
+        self.net.set_widths(a)
+        calibrate_bn(self.net, (x for x, _ in self.data.batches("calibrate")))
+        total, count = torch.zeros(3, dtype=torch.float64, device=self.world.device), 0
+        with torch.no_grad():
+            for x, y in self.data.batches("test"):
+                logits = self.net(x)
+                hits = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
+                total += torch.stack([F.cross_entropy(logits, y, reduction="sum"), 100 * hits[:, 0].sum(), 100 * hits.sum()])
+                count += len(y)
+        return total / count
+
+    def check_agreement(self):
+        """All processes must hold the same weights and history, or the run is worth nothing."""
+        if self.world.size > 1:
+            history = getattr(self.sampler, "widths", torch.zeros(1))
+            mine = torch.stack([self.flat[0].double().sum().cpu(), history.double().sum()]).to(self.world.device)
+            if not torch.equal(mine * self.world.size, self.world.mean(mine.clone()) * self.world.size):
+                raise RuntimeError(f"process {self.world.rank} has other weights or another history than the rest")
+
+    def report(self, rows):
+        args = self.args
+        share = self.seconds["search"] / self.clock()
+        self.log("done", seconds=self.seconds["total"], search_share=share)
+        if self.world.rank:
+            return
+        with whole(args.out / "front.csv", "w") as f:
+            table = csv.writer(f)
+            table.writerow(["flops", "params", "memory", "loss", "top1", "top5", "widths"])
+            for *values, a in rows:
+                table.writerow([*values, " ".join(f"{w:.6g}" for w in a)])
+        full = [getattr(self.net, c)(1.0).item() for c in ("flops", "params", "memory")]
+        print("\n   MFLOPs        %   params M        %  memory MB        %    loss   top-1   top-5")
+        for flops, params, memory, loss, top1, top5, _ in rows:
+            cells = zip((flops, params, memory), full, (1e6, 1e6, 1e6), (9, 11, 11))
+            print("".join(f"{v / unit:{w}.3f} {v / whole_net:8.1%}" for v, whole_net, unit, w in cells)
+                  + f" {loss:7.4f} {top1:7.2f} {top5:7.2f}")  # fmt: skip
+        picture = plot(args, rows, full[("flops", "params", "memory").index(args.cost)])
+        total = timedelta(seconds=round(self.seconds["total"]))
+        print(f"{total} in all, {share:.1%} of it for the width search; see {args.out}/ for checkpoint.pt, log.jsonl, "
+              f"front.csv{' and front.png' if picture else ''}")  # fmt: skip
+
+
+def thin(front, cost, size):
+    """At most `size` of the front's indices, the nearest to evenly spaced costs, ends included."""
+    if len(front) <= size:
+        return front
+    grid = torch.linspace(cost[front[0]], cost[front[-1]], size, dtype=cost.dtype)
+    return front[(cost[front] - grid[:, None]).abs().argmin(1).unique()]
+
+
+def plot(args, rows, full):
+    """front.png: top-1 against cost. False where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    column = ("flops", "params", "memory").index(args.cost)
+    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    axes = figure.add_subplot(xlabel=f"{args.cost} (% of the full network)", ylabel="test top-1 (%)")
+    axes.plot([100 * r[column] / full for r in rows], [r[4] for r in rows], "o-")
+    axes.set_title(f"{args.arch} on {args.data}, {args.method}")
+    axes.grid(alpha=0.3)
+    with whole(args.out / "front.png") as f:
+        figure.savefig(f, dpi=150, format="png")
+    return True
+
+
+def main(argv=None):
+    try:
+        Run(parse_args(argv)).main()
+    except UserError as e:
+        print(f"train.py: error: {e}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
