@@ -50,11 +50,12 @@ IMAGENET = dict(
 )  # fmt: skip
 RECIPES = {
     "synthetic": dict(
-        arch="resnet8", epochs=2, batch_size=64, lr=0.15, weight_decay=5e-4, tau=12, held_out=512, image_size=32,
-        warmup_epochs=0.5, reevaluate=16, eval_images=128, calibrate_images=512, front_size=12,
+        arch="resnet8", epochs=2, batch_size=64, lr=0.15, weight_decay=5e-4, tau=16, held_out=512, image_size=32,
+        warmup_epochs=0.5, reevaluate=12, eval_images=128, calibrate_images=512, front_size=12,
     ),
+    "synthetic mbv2": dict(batch_size=128, lr=0.1, tau=8),
     "fashion-mnist": dict(
-        arch="resnet8", epochs=5, batch_size=128, lr=0.2, weight_decay=5e-4, tau=40, held_out=5000, image_size=28,
+        arch="resnet8", epochs=3, batch_size=64, lr=0.15, weight_decay=5e-4, tau=64, held_out=5000, image_size=28,
         warmup_epochs=0.5, reevaluate=32, eval_images=256, calibrate_images=1024, front_size=16,
     ),
     "cifar10": CIFAR,
@@ -292,21 +293,21 @@ class ArrayData:
         if args.image_size != x.shape[-1]:
             x, test_x = (transforms.functional.resize(t, [args.image_size] * 2, antialias=True) for t in (x, test_x))
         self.args, self.world, self.channels, device = args, world, x.shape[1], world.device
+        self.flip, self.pad = args.data != "synthetic", 2 if args.data == "fashion-mnist" else 4
         held, kept = split(len(x), args)
         self.mean = x[kept].float().mean((0, 2, 3)).view(-1, 1, 1).to(device)
         self.std = x[kept].float().std((0, 2, 3)).clamp_min(1).view(-1, 1, 1).to(device)
-        self.x, self.y = F.pad(x[kept], (4, 4, 4, 4)).to(device), y[kept].to(device)
+        self.x, self.y = F.pad(x[kept], [self.pad] * 4).to(device), y[kept].to(device)
         self.held_x, self.held_y = x[held].to(device), y[held].to(device)
         self.test_x, self.test_y = test_x.to(device), test_y.to(device)
         self.steps = len(kept) // args.batch_size
-        self.flip = args.data != "synthetic"
 
     def normal(self, x):
         return (x.float() - self.mean) / self.std
 
     def train(self, epoch, start):
         """This process's share of the epoch's batches, from batch number `start` on."""
-        order, crop, flip = augmentation(self.args.seed, epoch, len(self.x))
+        order, crop, flip = augmentation(self.args.seed, epoch, len(self.x), self.pad)
         size, share = self.args.image_size, self.args.batch_size // self.world.size
         device, along = self.x.device, torch.arange(self.args.image_size)
         for step in range(start, self.steps):
@@ -330,11 +331,11 @@ class ArrayData:
         """All (x, y) of "held-out", "test" or, unaugmented, "calibrate" images, the same on each process."""
         if which == "calibrate":
             n = self.args.calibrate_images
-            x, y = self.x[:n, :, 4:-4, 4:-4], self.y[:n]
+            x, y = self.x[:n, :, self.pad : -self.pad, self.pad : -self.pad], self.y[:n]
         else:
             x, y = (self.held_x, self.held_y) if which == "held-out" else (self.test_x, self.test_y)
-        for i in range(0, len(x), 512):
-            yield self.normal(x[i : i + 512]), y[i : i + 512]
+        for i in range(0, len(x), 256):
+            yield self.normal(x[i : i + 256]), y[i : i + 256]
 
 
 def split(n, args):
@@ -345,11 +346,11 @@ def split(n, args):
     return order[: args.held_out], order[args.held_out :]
 
 
-def augmentation(seed, epoch, n):
+def augmentation(seed, epoch, n, pad):
     """The epoch's image order, and each image's crop offsets (2, n) and flip (n,)."""
     g = seeded(3, seed, epoch)
     order = torch.randperm(n, generator=g)
-    return order, torch.randint(9, (2, n), generator=g), torch.rand(n, generator=g) < 0.5
+    return order, torch.randint(2 * pad + 1, (2, n), generator=g), torch.rand(n, generator=g) < 0.5
 
 
 class FolderImages(torch.utils.data.Dataset):
@@ -412,7 +413,7 @@ class FolderData:
             yield x.to(self.world.device, non_blocking=True), y.to(self.world.device, non_blocking=True)
 
     def train(self, epoch, start):
-        order, share = augmentation(self.args.seed, epoch, len(self.kept))[0].tolist(), 0
+        order = torch.randperm(len(self.kept), generator=seeded(3, self.args.seed, epoch)).tolist()
         share = self.args.batch_size // self.world.size
         firsts = (step * self.args.batch_size + self.world.rank * share for step in range(start, self.steps))
         return self.load(self.images, [[(epoch, self.kept[i]) for i in order[f : f + share]] for f in firsts])
@@ -483,6 +484,29 @@ def whole(path, mode="wb"):
         part.unlink(missing_ok=True)
 
 
+@contextmanager
+def claimed(args, world):
+    """Makes the run's folder its own: yields the open log, locked as long as this process lives."""
+    if world.rank:
+        yield None
+        return
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        holds = any((args.out / name).exists() for name in ("checkpoint.pt", "front.csv"))
+        if holds and not args.resume:
+            raise UserError(f"--out: {args.out} already holds a run; continue it with --resume or name another")
+        log_file = open(args.out / "log.jsonl", "a")
+        fcntl.flock(log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"--out: {args.out} is in use by another process") from None
+    except OSError as e:
+        raise UserError(f"--out: {args.out} cannot be written ({e.strerror})") from None
+    with log_file:
+        if not args.resume:
+            log_file.truncate(0)
+        yield log_file
+
+
 def settings(args):
     """The settings that decide a run's numbers, as plain values."""
     return {k: v for k, v in sorted(vars(args).items()) if k not in FREE}
@@ -512,16 +536,15 @@ def load_checkpoint(args):
 class Run:
     """A run's state, and what is done with it; `main` reads as the algorithm."""
 
-    def __init__(self, args):
-        self.args, self.world = args, World(args.device)
-        world = self.world
+    def __init__(self, args, world, log_file):
+        self.args, self.world, self.log_file = args, world, log_file
         if args.amp is None:
             args.amp = world.device.type == "cuda"
         if args.batch_size % world.size:
             raise UserError(f"--batch-size {args.batch_size} does not divide among {world.size} processes")
         if args.eval_images > args.held_out:
             raise UserError(f"--eval-images {args.eval_images} is more than --held-out {args.held_out}")
-        self.open_folder()
+        state = world.from_first(load_checkpoint(args) if args.resume and world.rank == 0 else None)
         self.data = (FolderData if args.data == "imagenet" else ArrayData)(args, world)
         torch.manual_seed(args.seed)
         self.net = models.build(args.arch, self.data.classes, args.image_size, self.data.channels)
@@ -539,6 +562,10 @@ class Run:
         self.step, self.steps = 0, steps
         self.widths = torch.empty(0, dim, dtype=torch.float64)
         self.seconds = {"total": 0.0, "search": 0.0}
+        if state:
+            self.restore(state)
+        if args.resume:
+            self.say(f"continuing {args.out} at step {self.step}" if state else f"no checkpoint in {args.out}: starting")
         self.began = self.saved = time.perf_counter()
 
     def cost(self, a, relaxed=False):
@@ -550,22 +577,6 @@ class Run:
         return Joslim(dim, self.cost, lower, args.num_prior, args.beta, seed, targeted=not args.random_lambda)
 
     # -------------------------------------------------------------- files
-
-    def open_folder(self):
-        """Opens the run's folder and its log, which this process keeps locked while it runs."""
-        args, self.log_file = self.args, None
-        if self.world.rank == 0:
-            try:
-                args.out.mkdir(parents=True, exist_ok=True)
-                fresh = not any((args.out / f).exists() for f in ("checkpoint.pt", "front.csv"))
-                if not fresh and not args.resume:
-                    raise UserError(f"--out: {args.out} already holds a run; continue it with --resume or name another")
-                self.log_file = open(args.out / "log.jsonl", "a" if args.resume else "w")
-                fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"--out: {args.out} is in use by another process") from None
-            except OSError as e:
-                raise UserError(f"--out: {args.out} cannot be written ({e.strerror})") from None
 
     def log(self, event, **values):
         if self.log_file:
@@ -614,12 +625,7 @@ class Run:
     # -------------------------------------------------------------- the algorithm
 
     def main(self):
-        args, state = self.args, None
-        if args.resume:
-            state = self.world.from_first(load_checkpoint(args) if self.world.rank == 0 else None)
-            if state:
-                self.restore(state)
-            self.say(f"continuing {args.out} at step {self.step}" if state else f"no checkpoint in {args.out}: starting")
+        args = self.args
         self.say("settings  " + "  ".join(f"{k}={v}" for k, v in settings(args).items()))
         self.log("settings", **settings(args), processes=self.world.size, torch=torch.__version__)
         self.say(f"{args.arch}: {self.net.num_widths} widths, {self.net.flops(1.0).item() / 1e6:.1f} MFLOPs, "
@@ -688,7 +694,7 @@ class Run:
         if args.method == "slim":
             return line
         sampler = self.search() if args.method == "twostage" else self.sampler
-        near = shortlist(sampler.losses, self.cost(sampler.widths), 2 * args.front_size)
+        near = shortlist(sampler.losses, self.cost(sampler.widths), args.front_size)
         return torch.cat([line[[0, -1]], sampler.widths[near]])  # the two trained at every step, in any case
 
     def search(self):
@@ -795,7 +801,10 @@ def plot(args, rows, full):
 
 def main(argv=None):
     try:
-        Run(parse_args(argv)).main()
+        args = parse_args(argv)
+        world = World(args.device)
+        with claimed(args, world) as log_file:
+            Run(args, world, log_file).main()
     except UserError as e:
         print(f"train.py: error: {e}", file=sys.stderr, flush=True)
         return 2

@@ -1,0 +1,935 @@
+"""pytest -q            every fast test, under 4 minutes on 2 cores
+pytest -m slow       the long ones
+
+Each test compares with something that is not this project's: torchvision's networks, plain networks,
+closed forms, dense algebra, finite differences, brute force.
+"""
+
+import csv
+import gzip
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+import gp
+import joslim
+import models
+import train
+
+ROOT = Path(__file__).parent
+LOWER = 0.42
+
+
+def size_of(arch):
+    return 16 if len(models.RESNETS.get(arch, ((), ()))[1]) == 3 else 64
+
+
+def widths_for(net, seed, lower=0.1):
+    g = torch.Generator().manual_seed(seed)
+    return lower + (1 - lower) * torch.rand(net.num_widths, generator=g, dtype=torch.float64)
+
+
+# ------------------------------------------------------------------------------ networks
+
+
+@pytest.mark.parametrize("arch, twin", [("resnet18", "resnet18"), ("resnet50", "resnet50"), ("mbv2", "mobilenet_v2")])
+def test_full_width_is_torchvisions(arch, twin):
+    torch.manual_seed(0)
+    theirs = getattr(torchvision.models, twin)(num_classes=10)
+    for m in theirs.modules():  # statistics and affine parameters that hide nothing
+        if isinstance(m, nn.BatchNorm2d):
+            for t in (m.weight.data, m.running_var):
+                t.uniform_(0.5, 1.5)
+            for t in (m.bias.data, m.running_mean):
+                t.normal_(0, 0.2)
+    ours = models.build(arch, 10, 96)
+    ours.load_state_dict(theirs.state_dict())  # strict: every name and shape is torchvision's
+    x = torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        a, b = ours.eval()(x), theirs.eval()(x)
+    assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+@pytest.mark.parametrize("arch", models.ARCHS)
+def test_narrow_is_the_plain_network(arch):
+    size = size_of(arch)
+    torch.manual_seed(1)
+    net = models.build(arch, 7, size).double()
+    for p in net.parameters():
+        if p.ndim == 1:
+            p.data.uniform_(0.5, 1.5)
+    for name, b in net.named_buffers():
+        if b.is_floating_point():
+            b.uniform_(0.5, 1.5)
+    for seed in range(2):
+        a = widths_for(net, seed)
+        net.set_widths(a)
+        plain = net.extract()
+        kinds = {type(m) for m in plain.modules()}
+        assert not kinds & {models.Slimmable, *models.LAYERS}
+        x, y = torch.randn(4, 3, size, size).double(), torch.arange(4)
+        for mode in (False, True):
+            net.train(mode), plain.train(mode)
+            net.zero_grad(), plain.zero_grad()
+            ours, theirs = net(x), plain(x)
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+            F.cross_entropy(ours, y).backward(), F.cross_entropy(theirs, y).backward()
+            pairs = dict(plain.named_parameters())
+            for name, p in net.named_parameters():
+                cut = p.grad[tuple(map(slice, pairs[name].shape))]
+                torch.testing.assert_close(cut, pairs[name].grad, rtol=1e-5, atol=1e-5 * cut.abs().max().item() + 1e-9)
+                rest = p.grad.clone()
+                rest[tuple(map(slice, cut.shape))] = 0
+                assert rest.abs().max() == 0  # what is cut off is not trained
+
+
+def test_extreme_and_bad_widths():
+    net = models.build("resnet8", 5, 16)
+    net.set_widths(1e-6)  # one channel everywhere
+    assert [g.active for g in net.groups] == [1] * net.num_widths
+    net(torch.randn(2, 3, 16, 16)).sum().backward()
+    for bad, word in ((torch.ones(3), "6 widths, got 3"), (0.0, "got 0"), (1.5, "1.5"), (float("nan"), "nan"),
+                      (torch.ones(2, 6), "shape")):  # fmt: skip
+        with pytest.raises(ValueError, match=word):
+            net.set_widths(bad)
+    assert [g.active for g in net.groups] == [1] * net.num_widths
+    with pytest.raises(ValueError, match="resnet9"):
+        models.build("resnet9", 5, 16)
+
+
+def test_half_of_the_channels_are_rounded_as_promised():
+    net = models.build("resnet8", 5, 16)
+    net.set_widths(torch.tensor([0.42, 0.5, 0.53, 1.0, 0.1, 0.99]))
+    expected = [max(1, round(a * g.max)) for a, g in zip((0.42, 0.5, 0.53, 1.0, 0.1, 0.99), net.groups)]
+    assert [g.active for g in net.groups] == expected
+
+
+def macs_by_hooks(plain, x):
+    total = 0
+
+    def count(m, inputs, out):
+        nonlocal total
+        if isinstance(m, nn.Conv2d):
+            total += m.in_channels // m.groups * m.kernel_size[0] * m.kernel_size[1] * out[0].numel()
+        else:
+            total += m.in_features * m.out_features
+
+    for m in plain.modules():
+        if isinstance(m, (nn.Conv2d, nn.Linear)):
+            m.register_forward_hook(count)
+    plain.eval()(x)
+    return total
+
+
+class LiveTensors(TorchDispatchMode):
+    """The real thing's memory: which storages each op of a plain network touches, and how large they are."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.weights = {w.untyped_storage().data_ptr() for w in weights}
+        self.size, self.steps, self.keep = {}, [], []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        used = [t for t in tree_flatten((args, out))[0] if isinstance(t, torch.Tensor)]
+        used = [t for t in used if t.untyped_storage().data_ptr() not in self.weights and t.dtype == torch.float32]
+        used = [t for t in used if t.ndim > 1]
+        self.keep += used
+        for t in used:
+            self.size.setdefault(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes())
+        self.steps.append({t.untyped_storage().data_ptr() for t in used})
+        return out
+
+    def peak(self):
+        first, last = {}, {}
+        for i, step in enumerate(self.steps):
+            for s in step:
+                first.setdefault(s, i)
+                last[s] = i
+        return max(sum(self.size[s] for s in first if first[s] <= i <= last[s]) for i in range(len(self.steps)))
+
+
+@pytest.mark.parametrize("arch", models.ARCHS)
+def test_costs_are_the_plain_networks(arch):
+    size = size_of(arch)
+    net = models.build(arch, 7, size)
+    for a in (torch.ones(net.num_widths), widths_for(net, 3), widths_for(net, 4, 0.4)):
+        plain = net.extract(a).eval()
+        x = torch.randn(1, 3, size, size)
+        weights = 4 * sum(p.numel() for p in plain.parameters())
+        with torch.no_grad(), LiveTensors([*plain.parameters(), *plain.buffers()]) as live:
+            plain(x)
+        assert net.flops(a).item() == macs_by_hooks(plain, x)
+        assert 4 * net.params(a).item() == weights
+        assert net.memory(a).item() == weights + live.peak()
+
+
+@pytest.mark.parametrize("arch, gflops, mparams", [("resnet18", 1.814, 11.690), ("resnet50", 4.089, 25.557), ("mbv2", 0.301, 3.505)])  # fmt: skip
+def test_costs_are_the_published(arch, gflops, mparams):
+    net = models.build(arch, 1000, 224)
+    assert round(net.flops(1.0).item() / 1e9, 3) == gflops
+    assert round(net.params(1.0).item() / 1e6, 3) == mparams
+
+
+@pytest.mark.parametrize("arch", ["resnet20", "resnet50", "mbv2"])
+@pytest.mark.parametrize("cost", ["flops", "params", "memory"])
+def test_relaxed_costs(arch, cost):
+    net = models.build(arch, 10, 64)
+    f = getattr(net, cost)
+    a = torch.stack([widths_for(net, s, LOWER) for s in range(5)]).requires_grad_()
+    value = f(a, relaxed=True)
+    (grad,) = torch.autograd.grad(value.sum(), a)
+    eps = 1e-6
+    for i in range(net.num_widths):
+        e = torch.zeros(net.num_widths, dtype=torch.float64)
+        e[i] = eps
+        with torch.no_grad():
+            slope = (f(a + e, relaxed=True) - f(a - e, relaxed=True)) / (2 * eps)
+        torch.testing.assert_close(grad[:, i], slope, rtol=1e-4, atol=1e-4 * value.max().item())
+    whole = net.channels(a.detach()) / torch.tensor([g.max for g in net.groups])
+    torch.testing.assert_close(f(whole, relaxed=True), f(a.detach()))  # at whole channel counts the two agree
+    assert f(torch.rand(2, 3, net.num_widths) * 0.5 + 0.5).shape == (2, 3)
+
+
+def test_mbv2_activations_and_biases():
+    net = models.build("mbv2", 10, 64)
+    for block in (net.features[0], net.features[18]):
+        assert [type(m) for m in block] == [models.Conv2d, models.BatchNorm2d, nn.ReLU6]
+    block = net.features[0].eval()
+    block[1].bias.data.fill_(100.0)
+    assert block(torch.randn(1, 3, 64, 64)).max() == 6
+    biased = models.Conv2d(models.WidthGroup(3), models.WidthGroup(4), 3, bias=True)
+    for layer, x in ((biased, torch.randn(2, 3, 5, 5)), (models.Linear(models.WidthGroup(3), 4), torch.randn(2, 3))):
+        before = layer(x)
+        layer.bias.data += 1
+        torch.testing.assert_close(layer(x), before + 1)
+
+
+def test_another_network_made_slimmable():
+    from collections import OrderedDict
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            image, a, b = models.WidthGroup(1, fixed=True), models.WidthGroup(8), models.WidthGroup(12)
+            self.one, self.two = models.Conv2d(image, a, 3, bias=True), models.Conv2d(a, b, 3, 2)
+            self.norm, self.out = models.BatchNorm2d(b), models.Linear(b, 3)
+
+        def forward(self, x):
+            return self.out(F.relu(self.norm(self.two(F.relu(self.one(x))))).mean((2, 3)))
+
+    net = models.Slimmable(OrderedDict(net=Net()), image=(1, 12, 12))
+    a = torch.tensor([0.5, 0.75])
+    plain = net.extract(a)
+    net.set_widths(a)
+    x = torch.randn(3, 1, 12, 12)
+    torch.testing.assert_close(net(x), plain(x))
+    assert net.flops(a).item() == macs_by_hooks(plain, x[:1]) == 9 * 4 * 144 + 9 * 4 * 9 * 36 + 9 * 3
+    assert net.params(a).item() == sum(p.numel() for p in plain.parameters())
+
+
+# ------------------------------------------------------------------------------ GP
+
+
+def dense_posterior(x, y, new, hyper):
+    """Rasmussen & Williams 2.25-2.26 with an explicit inverse, and the GP's own scale and mean formulas spelt out."""
+    ls, noise = hyper[:-1].exp(), hyper[-1].exp() + 1e-8
+
+    def kernel(u, v):
+        r = 5**0.5 * ((u[:, None] - v[None]) / ls).pow(2).sum(-1).sqrt()
+        return (1 + r + r**2 / 3) * torch.exp(-r)
+
+    inverse = torch.linalg.inv(kernel(x, x) + noise * torch.eye(len(x), dtype=x.dtype))
+    z = (y - y.mean()) / y.std(correction=0)
+    one = torch.ones_like(z)
+    m = one @ inverse @ z / (one @ inverse @ one)
+    s2 = ((z - m) @ inverse @ (z - m) + 2) / (len(z) + 2)
+    k = kernel(new, x)
+    mean = m + k @ inverse @ (z - m)
+    variance = s2 * (1 - (k @ inverse * k).sum(1))
+    return mean * y.std(correction=0) + y.mean(), variance * y.var(correction=0)
+
+
+def test_gp_posterior_is_the_textbooks():
+    g = torch.Generator().manual_seed(0)
+    x, new = torch.rand(30, 3, generator=g).double(), torch.rand(11, 3, generator=g).double()
+    y = 5 + (3 * x).sin().sum(1) + 0.1 * torch.randn(30, generator=g).double()
+    for hyper in (None, torch.tensor([0.2, -0.5, 1.0, -3.0], dtype=torch.float64)):
+        model = gp.GP(x, y, hyper)
+        if hyper is None:
+            model.fit()
+        mean, variance = model.posterior(new)
+        expected = dense_posterior(x, y, new, model.hyper)
+        torch.testing.assert_close(mean, expected[0], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(variance, expected[1], rtol=1e-5, atol=1e-8)
+    assert model.posterior(new.reshape(11, 1, 3))[0].shape == (11, 1)
+
+
+def test_gp_posterior_gradient():
+    g = torch.Generator().manual_seed(0)
+    x = torch.rand(20, 2, generator=g).double()
+    model = gp.GP(x, x.sin().sum(1)).fit()
+    new = torch.cat([torch.rand(4, 2, generator=g).double(), x[:1]]).requires_grad_()  # one on top of a datum
+    assert torch.autograd.gradcheck(lambda t: model.posterior(t)[0], new[:4])
+    (grad,) = torch.autograd.grad(sum(p.sum() for p in model.posterior(new)), new)
+    assert grad.isfinite().all()
+
+
+def test_gp_objective_gradient():
+    """The hand-written gradient against finite differences, and the value against torch's own normal density."""
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.rand(25, 3, generator=g).double(), torch.randn(25, generator=g).double()
+    model = gp.GP(x, y)
+    hyper = torch.tensor([0.3, -0.4, 0.8, -2.0], dtype=torch.float64)
+    _, grad = model._objective(hyper, model.x, model.z)
+    for i in range(4):
+        e = torch.zeros(4, dtype=torch.float64)
+        e[i] = 1e-5
+        up, down = (model._objective(hyper + s * e, model.x, model.z)[0] for s in (1, -1))
+        torch.testing.assert_close(grad[i], (up - down) / 2e-5, rtol=1e-5, atol=1e-6)
+
+    def reference(h):
+        r = 5**0.5 * ((x[:, None] - x[None]) / h[:-1].exp()).pow(2).sum(-1).sqrt()
+        k = (1 + r + r**2 / 3) * torch.exp(-r) + (h[-1].exp() + 1e-8) * torch.eye(25, dtype=torch.float64)
+        inverse, one = torch.linalg.inv(k), torch.ones(25, dtype=torch.float64)
+        m = one @ inverse @ model.z / (one @ inverse @ one)
+        s2 = ((model.z - m) @ inverse @ (model.z - m) + 2) / 27
+        normal = torch.distributions.MultivariateNormal(m * one, s2 * k)
+        # The scale's inverse-gamma prior (a = 0, b = 1, times constants) and the priors on the rest.
+        value = -normal.log_prob(model.z) + s2.log() + 1 / s2
+        lengths = torch.distributions.LogNormal(2**0.5 + torch.tensor(3.0).double().log() / 2, 3**0.5)
+        noise = torch.distributions.Normal(-6.0, 3.0)
+        return value - lengths.log_prob(h[:-1].exp()).sum() - noise.log_prob(h[-1])
+
+    other = hyper + torch.tensor([0.5, 0.2, -0.3, 1.0], dtype=torch.float64)
+    ours = model._objective(hyper, model.x, model.z)[0] - model._objective(other, model.x, model.z)[0]
+    torch.testing.assert_close(ours, reference(hyper) - reference(other), rtol=1e-6, atol=1e-6)
+
+
+def test_gp_fit_recovers_length_scales():
+    """Samples of a GP of known length scales and noise: the fits' geometric mean is close to the truth."""
+    truth, fits = torch.tensor([0.2, 0.5]).double(), []
+    for seed in range(6):
+        g = torch.Generator().manual_seed(seed)
+        x = torch.rand(200, 2, generator=g).double()
+        r = 5**0.5 * torch.cdist(x / truth, x / truth, compute_mode="donot_use_mm_for_euclid_dist")
+        k = (1 + r + r**2 / 3) * torch.exp(-r) + 0.05**2 * torch.eye(200).double()
+        fits.append(gp.GP(x, torch.linalg.cholesky(k) @ torch.randn(200, generator=g).double()).fit().hyper)
+    found = torch.stack(fits).mean(0).exp()
+    torch.testing.assert_close(found[:2], truth, rtol=0.2, atol=0)
+    assert 0.0015 < found[2] < 0.004  # 0.05^2 = 0.0025
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_gp_hard_data(scale):
+    g = torch.Generator().manual_seed(0)
+    x = torch.rand(12, 4, generator=g).double()
+    new = torch.rand(5, 4, generator=g).double()
+    for xs, ys in (
+        (x, x.sum(1)),
+        (x.repeat(3, 1), torch.randn(36, generator=g).double()),  # duplicates that disagree
+        (x[:1], torch.ones(1).double()),
+        (x, torch.ones(12).double()),  # constant
+        (x[:1].repeat(9, 1), torch.ones(9).double()),
+    ):
+        mean, variance = gp.GP(xs, scale * ys).fit().posterior(new)
+        assert mean.isfinite().all() and variance.isfinite().all() and (variance > 0).all()
+    torch.testing.assert_close(gp.GP(x, scale * x.sum(1)).fit().posterior(x)[0] / scale, x.sum(1), rtol=0.02, atol=0)
+
+
+def test_gp_bad_input():
+    x, y = torch.rand(5, 2), torch.rand(5)
+    for args, name in (((x[0], y), "x:"), ((x[:0], y[:0]), "x:"), ((x, y[:4]), "y:"), ((x, y * torch.nan), "y:"),
+                       ((x / 0, y), "x:"), ((x, y, torch.zeros(2)), "hyper:")):  # fmt: skip
+        with pytest.raises(ValueError, match=name):
+            gp.GP(*args)
+    with pytest.raises(ValueError, match="x:"):
+        gp.GP(x, y).posterior(torch.rand(3, 4))
+    with pytest.raises(ValueError, match="beta"):
+        gp.ucb(y, y, -1)
+
+
+def test_ucb_is_optimistic():
+    """Among equal means the less known configuration is preferred: its value is lower."""
+    value = gp.ucb(torch.ones(2), torch.tensor([0.0, 4.0]), beta=0.25)
+    assert value.tolist() == [1.0, 0.0]
+
+
+def test_chebyshev_by_hand_and_brute_force():
+    f, w, z = torch.tensor([3.0, 1.0]), torch.tensor([0.25, 0.75]), torch.tensor([1.0, -1.0])
+    assert gp.chebyshev(f, w, z, rho=0.1).item() == pytest.approx(max(0.5, 1.5) + 0.1 * (0.5 + 1.5))
+    # Every point of a non-convex front is the minimiser for some lambda; no dominated one is.
+    g = torch.Generator().manual_seed(0)
+    points = torch.rand(40, 2, generator=g)
+    lam = torch.linspace(0.0005, 0.9995, 2000)
+    value = gp.chebyshev(points[:, None], torch.stack([lam, 1 - lam], -1), rho=1e-9)
+    found = set(value.argmin(0).tolist())
+    front = {i for i in range(40) if not any((points[j] <= points[i]).all() and j != i for j in range(40))}
+    assert found == front
+
+
+def test_optimizer_finds_minima_in_a_box():
+    centre = torch.tensor([[0.3, 0.9, 2.0], [-1.0, 0.5, 0.6]], dtype=torch.float64)  # outside in places
+    x, value = gp.optimize_acquisition(lambda x: (x - centre).square().sum(-1), 0.0, 1.0, 3, 2, steps=60,
+                                       generator=torch.Generator().manual_seed(0))  # fmt: skip
+    torch.testing.assert_close(x, centre.clamp(0, 1), atol=0.02, rtol=0)
+    torch.testing.assert_close(value, (x - centre).square().sum(-1))
+    start = torch.full((1, 3), 0.123).double()
+    spike = lambda x: 1 - (x - start).norm(dim=-1).lt(1e-9).double() + 0 * x.sum(-1)  # noqa: E731
+    assert gp.optimize_acquisition(spike, 0.0, 1.0, 3, starts=start)[1].item() == 0  # a start is never lost
+
+
+# ------------------------------------------------------------------------------ samplers
+
+
+def history(net, n, seed):
+    """A sampler with n configurations of a known loss, a third of them uniform."""
+    full = net.flops(1.0).item()
+    sampler = joslim.Joslim(net.num_widths, lambda a, relaxed=False: net.flops(a, relaxed) / full, seed=seed)
+    g = torch.Generator().manual_seed(seed)
+    a = LOWER + (1 - LOWER) * torch.rand(n, net.num_widths, generator=g, dtype=torch.float64)
+    a[: n // 3] = a[: n // 3, :1]
+    sampler.widths = a
+    sampler.losses = 1 + (a**-1.5 - 1).mean(1) + 0.01 * torch.randn(n, generator=g, dtype=torch.float64)
+    return sampler
+
+
+@pytest.mark.parametrize("arch", ["resnet8", "resnet20", "mbv2"])
+def test_targets_are_met(arch):
+    """One target from each m-th part of the cost range: so each proposal's cost must lie in its part."""
+    net = models.build(arch, 10, 32)
+    off = []
+    for seed in range(5):
+        sampler = history(net, 40, seed)
+        low = sampler.cost(torch.full((net.num_widths,), LOWER)).item()
+        drawn = []
+        at_cost = sampler.at_cost
+        sampler.at_cost = lambda a, t: (drawn.append(t), at_cost(a, t))[1]  # noqa: B023
+        cost = sampler.cost(sampler.sample(20))
+        off.append(cost - drawn[-1])
+        part = ((drawn[-1] - low) / (1 - low) * 20).floor()
+        assert sorted(part.tolist()) == list(range(20))
+    assert (torch.cat(off).abs() <= 0.02).double().mean() >= 0.95
+    ends = sampler.at_cost(torch.rand(2, net.num_widths).double().clamp(LOWER), torch.tensor([low, 1.0]).double())
+    torch.testing.assert_close(sampler.cost(ends), torch.tensor([low, 1.0]).double(), atol=0.01, rtol=0)
+
+
+def test_at_cost_gradient():
+    sampler = history(models.build("resnet20", 10, 32), 5, 0)
+    a = sampler.widths[:, None] * 0.9 + 0.05
+    target = torch.tensor([0.5], dtype=torch.float64)
+    weight = torch.rand(12, generator=torch.Generator().manual_seed(0)).double()
+    f = lambda a: (sampler.at_cost(a, target) * weight).sum()  # noqa: E731
+    (grad,) = torch.autograd.grad(f(a.requires_grad_()), a)
+    for i in range(0, 12, 3):
+        e = torch.zeros(12).double()
+        e[i] = 1e-4
+        with torch.no_grad():
+            torch.testing.assert_close(grad[..., i].sum(), (f(a + e) - f(a - e)) / 2e-4, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("targeted", [True, False])
+def test_proposals_beat_random(targeted):
+    """On a known loss, the front found has a smaller area than that of random and of uniform widths."""
+    net = models.build("resnet20", 10, 32)
+    full = net.flops(1.0).item()
+    cost = lambda a, relaxed=False: net.flops(a, relaxed) / full  # noqa: E731
+    importance = torch.linspace(0, 1, net.num_widths).double() ** 3
+    loss = lambda a: (importance * a**-1.5).sum(-1)  # noqa: E731
+    sampler = joslim.Joslim(net.num_widths, cost, seed=1, targeted=targeted)
+    while len(sampler.widths) < 60:
+        sampler.observe(loss(sampler.widths))
+        sampler.sample(2)
+    n, low = len(sampler.widths), 0.2
+    others = [s(net.num_widths, seed=2).sample(n) for s in (joslim.RandomWidths, joslim.UniformWidths)]
+    ends = torch.stack([torch.full((net.num_widths,), v).double() for v in (LOWER, 1.0)])
+    area = [joslim.front_area(loss(a), cost(a), low) for a in (torch.cat([w, ends]) for w in (sampler.widths, *others))]
+    assert area[0] < min(area[1:])
+    assert (sampler.widths >= LOWER).all() and (sampler.widths <= 1).all()
+    assert len(sampler.widths.unique(dim=0)) == n or not targeted
+
+
+def test_history_starts_uniform_then_full():
+    sampler = joslim.Joslim(4, lambda a, relaxed=False: a.mean(-1), num_prior=6, seed=0)
+    assert not sampler.ready
+    for _ in range(3):
+        new = sampler.sample(2)
+        assert (new == new[:, :1]).all()
+    assert sampler.ready and len(sampler.widths) == 7 and (sampler.widths[-1] == 1).all()
+    with pytest.raises(ValueError, match="finite"):
+        sampler.sample(2)
+    sampler.observe(torch.tensor([1.0, 2, 3, torch.nan, torch.inf, 4, 0]))  # two cannot be used
+    assert sampler.sample(2).shape == (2, 4) and sampler.losses[-2:].isnan().all()
+    with pytest.raises(ValueError, match="losses"):
+        sampler.observe(torch.zeros(3))
+
+
+def test_partly_renewed_losses():
+    sampler = joslim.Joslim(2, lambda a, relaxed=False: a.mean(-1), num_prior=1)
+    sampler.widths = torch.tensor([[0.5, 0.5], [0.6, 0.6], [0.7, 0.7], [0.8, 0.8]]).double()
+    sampler.losses = torch.tensor([4.0, 5.0, 2.0, torch.nan]).double()
+    assert sorted(sampler.due(3).tolist()) == [0, 2, 3]  # the front and the unknown; 1 is dominated
+    sampler.observe(torch.tensor([3.0, 1.5, 1.0]), torch.tensor([0, 2, 3]))
+    assert sampler.losses.tolist() == [3.0, 5.0 - 0.75, 1.5, 1.0]
+
+
+def test_same_state_same_proposals():
+    net = models.build("resnet20", 10, 32)
+    one, two = history(net, 30, 0), history(net, 30, 5)
+    one.sample(2)
+    one.observe(torch.arange(32.0))
+    two.load_state_dict(one.state_dict())
+    assert torch.equal(one.sample(2), two.sample(2))
+    for kind in (joslim.UniformWidths, joslim.RandomWidths):
+        a, b = kind(5, seed=1), kind(5, seed=2)
+        a.sample(3)
+        b.load_state_dict(a.state_dict())
+        assert torch.equal(a.sample(2), b.sample(2))
+
+
+@pytest.mark.parametrize("d, losses", [
+    (3, torch.ones(1000)), (3, torch.cat([torch.rand(50), torch.tensor([1e9])])), (3, torch.logspace(-8, 8, 60)),
+    (1, torch.rand(10)), (200, torch.rand(25)),
+])  # fmt: skip
+def test_hard_histories(d, losses):
+    sampler = joslim.Joslim(d, lambda a, relaxed=False: a.square().mean(-1), num_prior=1)
+    g = torch.Generator().manual_seed(0)
+    n = len(losses)
+    near = 0.7 + 1e-9 * torch.rand(n, d, generator=g).double()
+    for widths in (near, LOWER + (1 - LOWER) * torch.rand(n, d, generator=g).double()):
+        sampler.widths, sampler.losses = widths, losses.double()
+        new = sampler.sample(2)
+        assert new.shape == (2, d) and ((new >= LOWER) & (new <= 1)).all()
+
+
+# ------------------------------------------------------------------------------ weights
+
+
+def test_sandwich_gradient_is_the_sum():
+    torch.manual_seed(0)
+    net = models.build("resnet8", 6, 16).double()
+    x, y = torch.randn(8, 3, 16, 16).double(), torch.randint(6, (8,))
+    widths = torch.stack([widths_for(net, s, LOWER) for s in range(2)])
+    losses = joslim.sandwich_step(net, x, y, widths, LOWER, label_smoothing=0.1)
+    total = {n: torch.zeros_like(p) for n, p in net.named_parameters()}
+    teacher, expected = None, []
+    for a in (torch.ones(net.num_widths), *widths, torch.full((net.num_widths,), LOWER)):
+        plain = net.extract(a)  # each pass by itself, in a plain network
+        logits = plain(x)
+        if teacher is None:
+            loss = nn.CrossEntropyLoss(label_smoothing=0.1)(logits, y)
+            teacher = logits.detach().softmax(1)
+        else:
+            loss = -(teacher * logits.log_softmax(1)).sum(1).mean()
+        loss.backward()
+        expected.append(loss.item())
+        for name, p in plain.named_parameters():
+            total[name][tuple(map(slice, p.shape))] += p.grad
+    torch.testing.assert_close(losses.tolist(), expected)
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(p.grad, total[name], rtol=1e-6, atol=1e-8)
+
+
+def test_training_leaves_running_statistics_and_evaluation_everything():
+    torch.manual_seed(0)
+    net = models.build("mbv2", 6, 32)
+    x, y = torch.randn(8, 3, 32, 32), torch.randint(6, (8,))
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    widths = torch.stack([widths_for(net, s, LOWER) for s in range(3)])
+    losses = joslim.evaluate(net, widths, x, y)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    for a, loss in zip(widths, losses):
+        plain = net.extract(a).train()
+        torch.testing.assert_close(F.cross_entropy(plain(x), y), loss, rtol=1e-4, atol=1e-5)
+    joslim.sandwich_step(net, x, y, widths)
+    assert all(torch.equal(v, before[k]) for k, v in net.named_buffers())
+
+
+def test_calibration_is_the_statistics_by_hand():
+    torch.manual_seed(0)
+    net = models.build("resnet8", 6, 16)
+    a = widths_for(net, 0, LOWER)
+    net.set_widths(a)
+    batches = [torch.randn(5, 3, 16, 16) * s + s for s in (1, 2, 3)]
+    joslim.calibrate_bn(net, batches)
+    plain = net.extract()
+    inputs = {}
+    for name, m in plain.named_modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.register_forward_hook(lambda m, i, o, name=name: inputs.setdefault(name, []).append(i[0]))
+    with torch.no_grad():
+        for x in batches:
+            plain.train()(x)
+    for name, seen in inputs.items():
+        m = net.get_submodule(name)
+        n = m.writes.active
+        torch.testing.assert_close(m.running_mean[:n], torch.stack([i.mean((0, 2, 3)) for i in seen]).mean(0), rtol=1e-4, atol=1e-5)  # fmt: skip
+        torch.testing.assert_close(m.running_var[:n], torch.stack([i.var((0, 2, 3)) for i in seen]).mean(0), rtol=1e-4, atol=1e-5)  # fmt: skip
+        assert m.momentum == 0
+    with pytest.raises(ValueError, match="batches"):
+        joslim.calibrate_bn(net, [])
+
+
+def test_weight_decay_skips_norms_and_biases():
+    for arch in ("resnet8", "mbv2", "resnet50"):
+        net = models.build(arch, 6, 32)
+        spare = {id(p) for m in net.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()}
+        spare |= {id(m.bias) for m in net.modules() if getattr(m, "bias", None) is not None}
+        expected = [sum(p.numel() for p in net.parameters() if (id(p) in spare) == s) for s in (False, True)]
+        values = torch.cat([p.detach().flatten() for p in net.parameters()]).sort().values
+        flat, grads = train.flatten(net)
+        assert [f.numel() for f in flat] == expected
+        torch.testing.assert_close(torch.cat(flat).detach().sort().values, values)
+        # Parameters and gradients are views: what the optimiser does to the flat ones, the network sees.
+        net(torch.randn(2, 3, 32, 32)).sum().backward()
+        assert grads.abs().sum() > 0 and all(f.grad.data_ptr() != 0 for f in flat)
+        before = [p.detach().clone() for p in net.parameters()]
+        torch.optim.SGD(flat, lr=0.1).step()
+        for p, b in zip(net.parameters(), before):
+            torch.testing.assert_close(p.detach(), b - 0.1 * p.grad)
+
+
+def test_learning_rate():
+    args = train.parse_args(["--epochs", "10", "--warmup-epochs", "2", "--lr", "0.4", "--batch-size", "128"])
+    rates = [train.learning_rate(s, 5, args) for s in range(50)]
+    assert rates[0] == pytest.approx(0.02) and max(rates) == pytest.approx(0.2)
+    assert rates.index(max(rates)) in (9, 10) and rates[-1] == pytest.approx(0.2 / 40)
+
+
+# ------------------------------------------------------------------------------ the front
+
+
+def test_pareto_front_and_area_by_brute_force():
+    g = torch.Generator().manual_seed(0)
+    for n in (1, 2, 30, 200):
+        loss, cost = torch.rand(n, generator=g), (torch.rand(n, generator=g) * 10).round() / 10  # ties in cost
+        front = joslim.pareto_front(loss, cost).tolist()
+        expected = [i for i in range(n) if not any(loss[j] <= loss[i] and cost[j] <= cost[i] and j != i for j in range(n))]
+        assert sorted(front) == expected and cost[front].tolist() == sorted(cost[front].tolist())
+        low = cost.min().item()
+        grid = low + (1 - low) * (torch.arange(20000).double() + 0.5) / 20000
+        best = torch.where(cost[None].double() <= grid[:, None] + 1e-9, loss[None].double(), torch.inf).amin(1)
+        assert joslim.front_area(loss, cost) == pytest.approx(best.mean().item() * (1 - low), abs=2e-4)
+    tie = torch.ones(4)
+    assert joslim.pareto_front(tie, tie).tolist() == [0]
+    assert joslim.pareto_front(torch.tensor([torch.nan, 2.0, torch.inf]), torch.tensor([1.0, 2.0, 3.0])).tolist() == [1]
+    with pytest.raises(ValueError, match="low"):
+        joslim.front_area(tie, tie, low=0.5)
+    with pytest.raises(ValueError, match="shape"):
+        joslim.pareto_front(torch.ones(3), torch.ones(4))
+
+
+def test_shortlist_takes_whole_fronts():
+    g = torch.Generator().manual_seed(0)
+    loss, cost = torch.rand(50, generator=g), torch.rand(50, generator=g)
+    chosen = joslim.shortlist(loss, cost, 20).tolist()
+    assert 20 <= len(set(chosen)) == len(chosen)
+    for i in set(range(50)) - set(chosen):  # whatever is left is dominated by something chosen
+        assert any(loss[j] <= loss[i] and cost[j] <= cost[i] for j in chosen)
+    assert sorted(joslim.shortlist(loss, cost, 99).tolist()) == list(range(50))
+    loss[7] = torch.nan
+    assert 7 in joslim.shortlist(loss, cost, 1).tolist()
+
+
+# ------------------------------------------------------------------------------ several processes
+
+
+def two_processes(rank, port, out):
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    torch.set_num_threads(1)
+    world = train.World("cpu")
+    calls, all_reduce = [], torch.distributed.all_reduce
+    torch.distributed.all_reduce = lambda t, *a, **k: (calls.append(t.numel()), all_reduce(t, *a, **k))[1]
+    net, x, y, widths = joined_batch()
+    _, grads = train.flatten(net)
+    joslim.sandwich_step(net, x[rank::2], y[rank::2], widths)
+    world.mean(grads)
+    torch.save({"grads": grads, "calls": calls}, f"{out}/{rank}.pt")
+    spread = world.spread(torch.arange(5.0)[:, None], lambda a: torch.cat([a, a**2]).double())
+    assert spread.tolist() == [[i, i**2] for i in range(5)]
+    torch.distributed.destroy_process_group()
+
+
+def joined_batch():
+    torch.manual_seed(0)
+    net = models.build("resnet8", 6, 16).double().eval()  # eval: BatchNorm's batch statistics aside
+    x, y = torch.randn(8, 3, 16, 16).double(), torch.randint(6, (8,))
+    return net, x, y, torch.stack([widths_for(net, s, LOWER) for s in range(2)])
+
+
+def test_two_processes_make_one_gradient(tmp_path):
+    port = str(20000 + os.getpid() % 20000)
+    torch.multiprocessing.spawn(two_processes, (port, str(tmp_path)), nprocs=2)
+    one, two = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in (0, 1))
+    net, x, y, widths = joined_batch()
+    _, grads = train.flatten(net)
+    joslim.sandwich_step(net, x, y, widths)
+    torch.testing.assert_close(one["grads"], grads, rtol=1e-6, atol=1e-10)
+    assert torch.equal(one["grads"], two["grads"])
+    assert one["calls"] == two["calls"] == [grads.numel()]  # one, of one gradient's size
+
+
+# ------------------------------------------------------------------------------ data
+
+
+def write_idx(path, t):
+    with gzip.open(path, "wb") as f:
+        f.write(struct.pack(">HBB", 0, 8, t.ndim) + struct.pack(f">{t.ndim}I", *t.shape) + t.numpy().tobytes())
+
+
+def write_data(kind, root, n=96):
+    """A small data set in the real one's file format."""
+    g = torch.Generator().manual_seed(0)
+    images = lambda n, *shape: torch.randint(256, (n, *shape), generator=g, dtype=torch.uint8)  # noqa: E731
+    if kind == "fashion-mnist":
+        raw = root / "FashionMNIST" / "raw"
+        raw.mkdir(parents=True)
+        for s, m in (("train", n), ("t10k", 20)):
+            write_idx(raw / f"{s}-images-idx3-ubyte.gz", images(m, 28, 28))
+            write_idx(raw / f"{s}-labels-idx1-ubyte.gz", (torch.arange(m) % 10).byte())
+    elif kind.startswith("cifar"):
+        ten = kind == "cifar10"
+        folder = root / ("cifar-10-batches-py" if ten else "cifar-100-python")
+        folder.mkdir(parents=True)
+        files = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"] if ten else ["train", "test"]
+        for name in files:
+            m = n // 5 + 1 if ten else n
+            labels = [i % 10 for i in range(m)]
+            entry = {b"data": images(m, 3072).numpy(), b"labels" if ten else b"fine_labels": labels}
+            (folder / name).write_bytes(pickle.dumps(entry))
+    else:
+        from PIL import Image
+
+        for s, m in (("train", n), ("val", 20)):
+            for c in ("cat", "dog"):
+                (root / s / c).mkdir(parents=True)
+                for i in range(m // 2):
+                    Image.fromarray(images(1, 40, 50, 3)[0].numpy()).save(root / s / c / f"{i}.jpeg")
+    return root
+
+
+SMALL = ["--device", "cpu", "--epochs", "2", "--batch-size", "32", "--held-out", "16", "--eval-images", "8", "--tau", "1",
+         "--num-prior", "3", "--calibrate-images", "16", "--front-size", "4", "--warmup-epochs", "0.5"]  # fmt: skip
+
+
+def read_front(out):
+    with open(Path(out) / "front.csv", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+@pytest.mark.parametrize("data, arch", [
+    ("fashion-mnist", "resnet8"), ("cifar10", "resnet8"), ("cifar100", "resnet20"), ("imagenet", "mbv2"),
+    ("fashion-mnist", "mbv2"),
+])  # fmt: skip
+def test_real_formats_train(data, arch, tmp_path):
+    root = write_data(data, tmp_path / "data")
+    size = ["--image-size", "32"] if arch == "mbv2" else []
+    flags = [*SMALL, "--data", data, "--data-dir", str(root), "--arch", arch, "--workers", "1", *size]
+    assert train.main([*flags, "--out", str(tmp_path / "out")]) == 0
+    rows = read_front(tmp_path / "out")
+    assert list(rows[0]) == ["flops", "params", "memory", "loss", "top1", "top5", "widths"]
+    channels, classes = (1, 10) if data == "fashion-mnist" else (3, {"imagenet": 2, "cifar10": 10, "cifar100": 100}[data])
+    net = models.build(arch, classes, 28 if data == "fashion-mnist" and not size else 32, channels)
+    for row in rows:
+        a = torch.tensor([float(w) for w in row["widths"].split()]).double()
+        assert abs(net.flops(a).item() - int(row["flops"])) <= 1 and abs(net.memory(a).item() - int(row["memory"])) <= 1
+    assert int(rows[-1]["flops"]) == net.flops(1.0).item()
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert names - {"front.png"} == {"checkpoint.pt", "log.jsonl", "front.csv"}
+
+
+def test_arrays_are_read_as_written(tmp_path):
+    root = write_data("fashion-mnist", tmp_path / "f")
+    args = train.parse_args(["--data", "fashion-mnist", "--data-dir", str(root)])
+    (x, y), (tx, ty), classes = train.load_arrays(args)
+    assert x.shape == (96, 1, 28, 28) and x.dtype == torch.uint8 and tx.shape == (20, 1, 28, 28) and classes == 10
+    g = torch.Generator().manual_seed(0)
+    assert torch.equal(x[:, 0], torch.randint(256, (96, 28, 28), generator=g, dtype=torch.uint8))
+    assert y.tolist() == [i % 10 for i in range(96)]
+    root = write_data("cifar10", tmp_path / "c")
+    args = train.parse_args(["--data", "cifar10", "--data-dir", str(root)])
+    theirs = pickle.loads((root / "cifar-10-batches-py" / "data_batch_2").read_bytes())
+    (x, y), _, _ = train.load_arrays(args)
+    assert torch.equal(x[20:40].flatten(1), torch.as_tensor(theirs[b"data"])) and y[20:40].tolist() == theirs[b"labels"]
+
+
+def small_data(tmp_path, *flags, size=1):
+    args = train.parse_args([*SMALL, *flags])
+    world = train.World("cpu")
+    world.size = size
+    return args, (train.FolderData if args.data == "imagenet" else train.ArrayData)(args, world)
+
+
+def test_batches_depend_on_seed_epoch_and_image_alone(tmp_path):
+    root = write_data("imagenet", tmp_path / "i")
+    for flags in (["--data", "imagenet", "--data-dir", str(root), "--image-size", "16"], ["--image-size", "16"]):
+        whole = list(small_data(tmp_path, *flags, "--workers", "0")[1].train(1, 0))[:2]
+        later = next(iter(small_data(tmp_path, *flags, "--workers", "2")[1].train(1, 1)))  # resumed; other workers
+        assert torch.equal(later[0], whole[1][0]) and torch.equal(later[1], whole[1][1])
+        _, halves = small_data(tmp_path, *flags, "--workers", "0", size=2)
+        parts = []
+        for rank in (0, 1):
+            halves.world.rank = rank
+            parts.append(next(iter(halves.train(1, 0)))[0])
+        assert torch.equal(torch.cat(parts), whole[0][0])  # nor on the number of processes
+        other = next(iter(small_data(tmp_path, *flags, "--workers", "0")[1].train(0, 0)))
+        assert not torch.equal(other[0], whole[0][0])
+
+
+def test_crops_and_flips_by_a_loop(tmp_path):
+    root = write_data("cifar10", tmp_path / "c")
+    args, data = small_data(tmp_path, "--data", "cifar10", "--data-dir", str(root))
+    x, y = next(iter(data.train(0, 0)))
+    order, crop, flip = train.augmentation(args.seed, 0, len(data.x), 4)
+    assert flip[order[:32]].any() and not flip[order[:32]].all()
+    for k, i in enumerate(order[:32].tolist()):
+        top, left = crop[:, i].tolist()
+        image = data.x[i, :, top : top + 32, left : left + 32].float()
+        image = image.flip(-1) if flip[i] else image
+        torch.testing.assert_close(x[k], (image - data.mean) / data.std)
+        assert y[k] == data.y[i]
+
+
+def test_held_out_images_are_training_images_not_trained_on(tmp_path):
+    root = write_data("cifar10", tmp_path / "c")
+    _, data = small_data(tmp_path, "--data", "cifar10", "--data-dir", str(root))
+    kept = {bytes(i[:, 4:-4, 4:-4].contiguous().numpy()) for i in data.x}
+    held = {bytes(i.contiguous().numpy()) for i in data.held_x}
+    test = {bytes(i.contiguous().numpy()) for i in data.test_x}
+    assert len(held) == 16 and not held & kept and not held & test and len(kept | held) == 100
+
+
+def test_synthetic_is_deterministic():
+    one, two = train.synthetic(50, 0), train.synthetic(50, 0)
+    assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+    assert not torch.equal(one[0], train.synthetic(50, 1)[0])
+
+
+# ------------------------------------------------------------------------------ whole runs
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Flags of a run of 8 steps, 6 rounds with a GP among them, on a small file of CIFAR's format."""
+    root = write_data("cifar10", tmp_path_factory.mktemp("cifar"))
+    return [*SMALL, "--data", "cifar10", "--data-dir", str(root), "--arch", "resnet8", "--image-size", "8",
+            "--epochs", "4", "--log-seconds", "0"]  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", [
+    ["--method", "slim"], ["--method", "twostage"], ["--cost", "memory"], ["--cost", "params"], ["--random-lambda"],
+    ["--amp"],
+])  # fmt: skip
+def test_methods_and_costs(flags, tiny, tmp_path):
+    assert train.main([*tiny, *flags, "--out", str(tmp_path)]) == 0
+    rows = read_front(tmp_path)
+    column = flags[1] if flags[0] == "--cost" else "flops"
+    costs = [int(r[column]) for r in rows]
+    assert costs == sorted(costs) and len(rows) >= 2
+    uniform = [len(set(r["widths"].split())) == 1 for r in rows]
+    assert all(uniform) if "slim" in flags else uniform[-1]
+    events = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
+    assert events[0]["event"] == "settings" and events[-1]["event"] == "done" and 0 <= events[-1]["search_share"] < 1
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 8
+
+
+def same_run(one, two):
+    a, b = (torch.load(Path(p) / "checkpoint.pt", weights_only=True) for p in (one, two))
+    for part in ("model", "sampler"):
+        assert a[part].keys() == b[part].keys()
+        for k in a[part]:
+            assert torch.equal(a[part][k], b[part][k]) or a[part][k].isnan().any(), k
+    return (Path(one) / "front.csv").read_bytes() == (Path(two) / "front.csv").read_bytes()
+
+
+@pytest.mark.parametrize("method", ["joslim", "slim"])
+def test_resumed_run_is_the_unbroken_run(method, tiny, tmp_path, monkeypatch):
+    flags = [*tiny, "--method", method]
+    assert train.main([*flags, "--out", str(tmp_path / "whole")]) == 0
+
+    class Stopped(Exception):
+        pass
+
+    save = train.Run.save
+
+    def save_and_stop(run):
+        save(run)
+        if run.step == 6:
+            raise Stopped
+
+    monkeypatch.setattr(train.Run, "save", save_and_stop)
+    with pytest.raises(Stopped):
+        train.main([*flags, "--out", str(tmp_path / "parts")])
+    monkeypatch.setattr(train.Run, "save", save)
+    assert train.main([*flags, "--out", str(tmp_path / "parts"), "--resume"]) == 0
+    assert same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("flags, word", [
+    (["--epochs", "0"], "--epochs"), (["--tau", "0"], "--tau"), (["--num-samples", "0"], "--num-samples"),
+    (["--lower", "0"], "--lower"), (["--lower", "1.5"], "--lower"), (["--lr", "-1"], "--lr"), (["--lr", "nan"], "--lr"),
+    (["--batch-size", "9000"], "9000"), (["--device", "abacus"], "abacus"), (["--data", "cifar10"], "--data-dir"),
+    (["--data", "imagenet", "--data-dir", "/nowhere"], "/nowhere/train"), (["--eval-images", "99999"], "--eval-images"),
+    (["--data", "cifar100", "--data-dir", "/nowhere"], "/nowhere"), (["--out", "/proc/no"], "/proc/no"),
+    (["--data", "cifar10", "--data-dir", "."], "cifar-10-batches-py"),
+])  # fmt: skip
+def test_bad_input_is_one_line_and_exit_2(flags, word, tmp_path, capsys):
+    out = [] if "--out" in flags else ["--out", str(tmp_path / "out")]
+    assert train.main([*flags, *out]) == 2
+    err = capsys.readouterr().err
+    assert word in err and err.count("\n") == 1
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+@pytest.mark.parametrize("flags", [["--arch", "vgg"], ["--data", "mnist"], ["--epochs", "many"]])
+def test_argparse_errors_exit_2(flags):
+    with pytest.raises(SystemExit) as stop:
+        train.parse_args(flags)
+    assert stop.value.code == 2
+
+
+def test_existing_runs_are_not_overwritten(tiny, tmp_path, capsys):
+    flags = [*tiny, "--epochs", "1", "--out", str(tmp_path)]
+    assert train.main(flags) == 0
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert train.main(flags) == 2 and "--resume" in capsys.readouterr().err
+    assert train.main([*flags, "--resume", "--tau", "3"]) == 2 and "--tau 1" in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_pickles_that_run_code_do_not(tiny, tmp_path, capsys):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    root = write_data("cifar10", tmp_path / "c")
+    (root / "cifar-10-batches-py" / "data_batch_3").write_bytes(pickle.dumps({b"data": Evil()}))
+    assert train.main(["--data", "cifar10", "--data-dir", str(root), "--out", str(tmp_path / "out")]) == 2
+    assert "data_batch_3" in capsys.readouterr().err
+    (tmp_path / "out2").mkdir()
+    torch.save({"settings": Evil()}, tmp_path / "out2" / "checkpoint.pt")
+    assert train.main([*tiny, "--out", str(tmp_path / "out2"), "--resume"]) == 2
+    assert "checkpoint.pt" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+
+
+def test_torchrun_processes_agree(tiny, tmp_path):
+    """Two processes: the run finishes, which includes its own check that weights and history agree."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+    flags = [*tiny, "--out", str(tmp_path / "two")]
+    done = subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert len(read_front(tmp_path / "two")) >= 2
