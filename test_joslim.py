@@ -657,7 +657,7 @@ def two_processes(rank, port, out):
     joslim.sandwich_step(net, x[rank::2], y[rank::2], widths)
     world.mean(grads)
     torch.save({"grads": grads, "calls": calls}, f"{out}/{rank}.pt")
-    spread = world.spread(torch.arange(5.0)[:, None], lambda a: torch.cat([a, a**2]).double())
+    spread = world.spread(torch.arange(5.0)[:, None], 2, lambda a: torch.cat([a, a**2], 1))
     assert spread.tolist() == [[i, i**2] for i in range(5)]
     torch.distributed.destroy_process_group()
 
@@ -747,7 +747,7 @@ def test_real_formats_train(data, arch, tmp_path):
         assert abs(net.flops(a).item() - int(row["flops"])) <= 1 and abs(net.memory(a).item() - int(row["memory"])) <= 1
     assert int(rows[-1]["flops"]) == net.flops(1.0).item()
     names = {p.name for p in (tmp_path / "out").iterdir()}
-    assert names - {"front.png"} == {"checkpoint.pt", "log.jsonl", "front.csv"}
+    assert names - {"front.png"} == {"checkpoint.pt", "checkpoint.previous.pt", "log.jsonl", "front.csv"}
 
 
 def test_arrays_are_read_as_written(tmp_path):
@@ -851,7 +851,7 @@ def same_run(one, two):
     for part in ("model", "sampler"):
         assert a[part].keys() == b[part].keys()
         for k in a[part]:
-            assert torch.equal(a[part][k], b[part][k]) or a[part][k].isnan().any(), k
+            torch.testing.assert_close(a[part][k], b[part][k], rtol=0, atol=0, equal_nan=True)
     return (Path(one) / "front.csv").read_bytes() == (Path(two) / "front.csv").read_bytes()
 
 
@@ -860,19 +860,16 @@ def test_resumed_run_is_the_unbroken_run(method, tiny, tmp_path, monkeypatch):
     flags = [*tiny, "--method", method]
     assert train.main([*flags, "--out", str(tmp_path / "whole")]) == 0
 
-    class Stopped(Exception):
-        pass
-
     save = train.Run.save
+    for stop in (3, 6):  # in the middle of an epoch and of a round's widths; after an epoch
 
-    def save_and_stop(run):
-        save(run)
-        if run.step == 6:
-            raise Stopped
+        def save_and_stop(run):
+            save(run)
+            if run.step == stop:  # noqa: B023
+                raise train.Stopped("", 15)
 
-    monkeypatch.setattr(train.Run, "save", save_and_stop)
-    with pytest.raises(Stopped):
-        train.main([*flags, "--out", str(tmp_path / "parts")])
+        monkeypatch.setattr(train.Run, "save", save_and_stop)
+        assert train.main([*flags, "--out", str(tmp_path / "parts"), "--resume", "--save-minutes", "0"]) == 143
     monkeypatch.setattr(train.Run, "save", save)
     assert train.main([*flags, "--out", str(tmp_path / "parts"), "--resume"]) == 0
     assert same_run(tmp_path / "whole", tmp_path / "parts")
@@ -926,6 +923,65 @@ def test_pickles_that_run_code_do_not(tiny, tmp_path, capsys):
     assert not (tmp_path / "ran").exists()
 
 
+def damage(path, how):
+    raw = bytearray(path.read_bytes())
+    if how == "flipped":
+        for i in range(500, len(raw) - 500, 97):
+            raw[i] ^= 16
+    path.write_bytes({"truncated": raw[:-200], "empty": b"", "garbage": os.urandom(5000)}.get(how, raw))
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", "empty", "garbage"])
+def test_damaged_checkpoints(how, tiny, tmp_path, capsys):
+    flags = [*tiny, "--method", "slim"]
+    assert train.main([*flags, "--out", str(tmp_path / "whole")]) == 0
+    assert train.main([*flags, "--out", str(tmp_path / "hurt")]) == 0
+    damage(tmp_path / "hurt" / "checkpoint.pt", how)
+    capsys.readouterr()
+    assert train.main([*flags, "--out", str(tmp_path / "hurt"), "--resume"]) == 0  # from the one before
+    assert "checkpoint.pt: not a readable" in capsys.readouterr().out
+    assert same_run(tmp_path / "whole", tmp_path / "hurt")
+    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+        (tmp_path / "hurt" / name).write_bytes((tmp_path / "whole" / "checkpoint.pt").read_bytes())
+        damage(tmp_path / "hurt" / name, how)
+    before = (tmp_path / "hurt" / "checkpoint.pt").read_bytes()
+    assert train.main([*flags, "--out", str(tmp_path / "hurt"), "--resume"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert (tmp_path / "hurt" / "checkpoint.pt").read_bytes() == before
+
+
+def test_divergence_stops_before_the_checkpoint(tiny, tmp_path, capsys):
+    assert train.main([*tiny, "--lr", "1e30", "--out", str(tmp_path)]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "learning rate" in err and "step" in err
+    for path in tmp_path.glob("*.pt"):
+        state = torch.load(path, weights_only=True)
+        assert all(v.isfinite().all() for v in state["model"].values())
+
+
+def test_sigterm_saves_and_says_how_to_continue(tiny, tmp_path):
+    command = [sys.executable, "train.py", *tiny, "--epochs", "4000", "--out", str(tmp_path)]
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in run.stdout:
+        if line.startswith("epoch"):
+            break
+    run.terminate()
+    _, err = run.communicate(timeout=30)
+    assert run.returncode == 143 and err.count("\n") == 1 and "--resume" in err
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] > 0
+
+
+def test_corrupt_image_is_named(tmp_path, capsys):
+    root = write_data("imagenet", tmp_path / "i")
+    for path in (root / "train").rglob("*.jpeg"):
+        path.write_bytes(b"no image")
+    for workers in "01":
+        flags = [*SMALL, "--data", "imagenet", "--data-dir", str(root), "--arch", "resnet8", "--image-size", "16"]
+        assert train.main([*flags, "--workers", workers, "--out", str(tmp_path / workers)]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and ".jpeg: not a readable image" in err
+
+
 def test_torchrun_processes_agree(tiny, tmp_path):
     """Two processes: the run finishes, which includes its own check that weights and history agree."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
@@ -933,3 +989,12 @@ def test_torchrun_processes_agree(tiny, tmp_path):
     done = subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert len(read_front(tmp_path / "two")) >= 2
+
+
+def test_readmes_map_points_at_the_lines_it_names():
+    import re
+
+    rows = re.findall(r"`(\w+\.py):(\d+)` `([^`]+)`", (ROOT / "README.md").read_text())
+    assert len(rows) >= 10
+    for file, number, text in rows:
+        assert text in (ROOT / file).read_text().splitlines()[int(number) - 1], (file, number, text)

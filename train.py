@@ -13,6 +13,7 @@ import argparse
 import csv
 import fcntl
 import gzip
+import hashlib
 import json
 import math
 import os
@@ -20,6 +21,7 @@ import pickle
 import signal
 import sys
 import time
+import zipfile
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -67,8 +69,28 @@ RECIPES = {
 FREE = {"out", "resume", "device", "data_dir", "workers", "save_minutes", "log_seconds", "compare", "download"}
 
 
+FORMAT = 1  # of checkpoints
+PREVIOUS = "checkpoint.previous.pt"
+
+
 class UserError(Exception):
-    """What the user can mend: printed as one line, exit code 2."""
+    """What the user can mend: printed as one line."""
+
+    code = 2
+
+
+class Diverged(UserError):
+    """Training blew up; nothing of it was saved."""
+
+    code = 1
+
+
+class Stopped(UserError):
+    """SIGTERM or Ctrl-C, after the checkpoint."""
+
+    def __init__(self, message, number):
+        super().__init__(message)
+        self.code = 128 + number
 
 
 def parse_args(argv=None):
@@ -111,6 +133,7 @@ def parse_args(argv=None):
                    help="checkpoint at least this often, besides each epoch's end (default: %(default)s)")
     p.add_argument("--log-seconds", type=float, default=10.0, help="between progress lines (default: %(default)s)")
     args = p.parse_args(argv)
+    args.resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun --max-restarts
     recipe = COMMON | RECIPES[args.data]
     args.arch = args.arch or recipe["arch"]
     recipe |= RECIPES.get(f"{args.data} {args.arch}", {})
@@ -176,13 +199,10 @@ class World:
         dist.broadcast_object_list(box, device=self.device)
         return box[0]
 
-    def spread(self, items, fn):
-        """fn(item) -> (k,) for every item, each computed by one process: (len(items), k) on all."""
-        mine = {i: fn(items[i]) for i in range(self.rank, len(items), self.size)}
-        width = self.from_first(len(next(iter(mine.values()))) if mine else 0)
-        rows = torch.zeros(len(items), width, dtype=torch.float64, device=self.device)
-        for i, row in mine.items():
-            rows[i] = row
+    def spread(self, items, columns, fn):
+        """fn(items) -> (len(items), columns), each process doing its share of the items; the whole on all."""
+        rows = torch.zeros(len(items), columns, dtype=torch.float64, device=self.device)
+        rows[self.rank :: self.size] = fn(items[self.rank :: self.size]).to(rows)
         return self.mean(rows).cpu() * self.size
 
 
@@ -334,8 +354,9 @@ class ArrayData:
             x, y = self.x[:n, :, self.pad : -self.pad, self.pad : -self.pad], self.y[:n]
         else:
             x, y = (self.held_x, self.held_y) if which == "held-out" else (self.test_x, self.test_y)
-        for i in range(0, len(x), 256):
-            yield self.normal(x[i : i + 256]), y[i : i + 256]
+        parts = math.ceil(len(x) / 256)  # of one size: BatchNorm cannot do with a last batch of one image
+        for x, y in zip(x.tensor_split(parts), y.tensor_split(parts)):
+            yield self.normal(x), y
 
 
 def split(n, args):
@@ -409,8 +430,11 @@ class FolderData:
         loader = torch.utils.data.DataLoader(
             images, batch_sampler=batches, num_workers=self.args.workers, pin_memory=self.world.device.type == "cuda"
         )
-        for x, y in loader:
-            yield x.to(self.world.device, non_blocking=True), y.to(self.world.device, non_blocking=True)
+        try:
+            for x, y in loader:
+                yield x.to(self.world.device, non_blocking=True), y.to(self.world.device, non_blocking=True)
+        except UserError as e:  # a worker's comes with its traceback around it
+            raise UserError(str(e).splitlines()[-1].split("UserError: ")[-1]) from None
 
     def train(self, epoch, start):
         order = torch.randperm(len(self.kept), generator=seeded(3, self.args.seed, epoch)).tolist()
@@ -428,7 +452,8 @@ class FolderData:
             images, keys = self.tests, range(len(self.tests))
         else:
             images, keys = self.images, self.held if which == "held-out" else self.kept[: self.args.calibrate_images]
-        return self.load(images, [[(-1, i) for i in keys[k : k + 256]] for k in range(0, len(keys), 256)])
+        parts = torch.tensor(keys).tensor_split(math.ceil(len(keys) / 256))
+        return self.load(images, [[(-1, i) for i in part.tolist()] for part in parts])
 
 
 # ------------------------------------------------------------------------------ weights
@@ -469,14 +494,19 @@ def learning_rate(step, steps_per_epoch, args):
 
 
 @contextmanager
-def whole(path, mode="wb"):
-    """A file written whole or not at all: what stood at `path` stays until the new one is on disk."""
+def whole(path, mode="wb", keep=None):
+    """A file written whole or not at all: what stood at `path` stays until the new one is on disk.
+
+    It is then kept as `keep`, if named.
+    """
     part = path.with_name(path.name + ".part")
     try:
         with open(part, mode, newline="" if mode == "w" else None) as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
         os.replace(part, path)
     except OSError as e:
         raise UserError(f"{path}: could not be written ({e.strerror or e}); what was there before is untouched") from None
@@ -492,7 +522,7 @@ def claimed(args, world):
         return
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        holds = any((args.out / name).exists() for name in ("checkpoint.pt", "front.csv"))
+        holds = any((args.out / name).exists() for name in ("checkpoint.pt", PREVIOUS, "front.csv"))
         if holds and not args.resume:
             raise UserError(f"--out: {args.out} already holds a run; continue it with --resume or name another")
         log_file = open(args.out / "log.jsonl", "a")
@@ -513,21 +543,33 @@ def settings(args):
 
 
 def load_checkpoint(args):
-    """The run's checkpoint, or None where there is none."""
-    path = args.out / "checkpoint.pt"
-    if not path.exists():
-        return None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        theirs = state["settings"]
-    except Exception as e:  # a damaged file can raise nearly anything
-        raise UserError(f"{path}: not a readable checkpoint ({str(e).splitlines()[0]})") from None
-    mine = settings(args)
-    for name in sorted(mine.keys() | theirs.keys()):
-        if mine.get(name) != theirs.get(name):
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{path}: that run has {flag} {theirs.get(name)}, this one {mine.get(name)}; use another --out")
-    return state
+    """The run's newest readable checkpoint, or None where there is none."""
+    damage = []
+    for path in (args.out / "checkpoint.pt", args.out / PREVIOUS):
+        if not path.exists():
+            continue
+        try:
+            bad = zipfile.ZipFile(path).testzip()  # torch.load does not look at the checksums
+            if bad:
+                raise ValueError(f"{bad} is corrupt")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if state["format"] != FORMAT:
+                raise ValueError(f"its format is {state['format']}, this code's {FORMAT}")
+        except Exception as e:  # a damaged file can raise nearly anything
+            damage.append(f"{path}: not a readable checkpoint ({type(e).__name__}: {str(e).splitlines()[0]})")
+            continue
+        mine, theirs = settings(args), state["settings"]
+        for name in sorted(mine.keys() | theirs.keys()):
+            if mine.get(name) != theirs.get(name):
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{path}: that run has {flag} {theirs.get(name)}, this one {mine.get(name)}; use another --out")
+        if damage:
+            print(f"{damage[0]}; continuing from {path.name}", flush=True)
+            os.replace(path, args.out / "checkpoint.pt")  # so that the next save keeps it, not the damaged one
+        return state
+    if damage:
+        raise UserError("; ".join(damage) + "; move it away to start anew")
+    return None
 
 
 # ------------------------------------------------------------------------------ the run
@@ -542,12 +584,17 @@ class Run:
             args.amp = world.device.type == "cuda"
         if args.batch_size % world.size:
             raise UserError(f"--batch-size {args.batch_size} does not divide among {world.size} processes")
+        if min(args.batch_size, args.eval_images) < 2 * world.size:
+            raise UserError(f"--batch-size {args.batch_size}, --eval-images {args.eval_images}: BatchNorm needs two images "
+                            f"in each of {world.size} processes")  # fmt: skip
         if args.eval_images > args.held_out:
             raise UserError(f"--eval-images {args.eval_images} is more than --held-out {args.held_out}")
         state = world.from_first(load_checkpoint(args) if args.resume and world.rank == 0 else None)
         self.data = (FolderData if args.data == "imagenet" else ArrayData)(args, world)
         torch.manual_seed(args.seed)
-        self.net = models.build(args.arch, self.data.classes, args.image_size, self.data.channels)
+        self.network = dict(arch=args.arch, num_classes=self.data.classes, image_size=args.image_size,
+                            in_channels=self.data.channels)  # fmt: skip
+        self.net = models.build(**self.network)
         layout = torch.channels_last if world.device.type == "cuda" else torch.contiguous_format
         self.net.to(world.device, memory_format=layout).train()
         self.flat, self.grads = flatten(self.net)
@@ -561,7 +608,7 @@ class Run:
         self.sampler = kind(dim, lower=args.lower, seed=args.seed)
         self.step, self.steps = 0, steps
         self.widths = torch.empty(0, dim, dtype=torch.float64)
-        self.seconds = {"total": 0.0, "search": 0.0}
+        self.seconds, self.signal = {"total": 0.0, "search": 0.0}, 0
         if state:
             self.restore(state)
         if args.resume:
@@ -589,14 +636,16 @@ class Run:
 
     def save(self):
         """Checkpoint: tensors and plain values only. Every process's state is the same."""
+        if not all(f.isfinite().all() for f in self.flat):
+            raise Diverged(f"step {self.step}: a weight is not finite; the last checkpoint stands. Try a smaller --lr")
         self.clock()
         if self.world.rank == 0:
             state = {
-                "settings": settings(self.args), "step": self.step, "model": self.net.state_dict(),
+                "format": FORMAT, "settings": settings(self.args), "network": self.network, "step": self.step, "model": self.net.state_dict(),
                 "optimizer": self.optimizer.state_dict(), "sampler": self.sampler.state_dict(),
                 "widths": self.widths, "seconds": self.seconds,
             }  # fmt: skip
-            with whole(self.args.out / "checkpoint.pt") as f:
+            with whole(self.args.out / "checkpoint.pt", keep=self.args.out / PREVIOUS) as f:
                 torch.save(state, f)
         self.saved = time.perf_counter()
 
@@ -632,6 +681,8 @@ class Run:
                  f"{self.net.params(1.0).item() / 1e6:.3f} M parameters; {self.steps} steps on {self.world.size} x "
                  f"{self.world.device.type}")  # fmt: skip
 
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.asked_to_stop)
         self.train()
         with self.searching():
             candidates = self.candidates()
@@ -647,6 +698,7 @@ class Run:
                 if args.method != "joslim":
                     self.widths = self.sampler.sample(args.num_samples)
                 elif self.step % args.tau == 0:
+                    self.check(recent)
                     with self.searching():
                         self.round()
                 for group in self.optimizer.param_groups:
@@ -657,15 +709,47 @@ class Run:
                 self.optimizer.step()
                 self.step += 1
 
-                recent.append(losses)
+                recent.append((self.step, self.widths, losses))
                 now = time.perf_counter()
                 if now - shown > args.log_seconds or self.step == self.steps:
-                    self.progress(epoch, recent, (self.step - shown_step) * args.batch_size / (now - shown))
+                    losses = self.check(recent)
+                    self.progress(epoch, losses, (self.step - shown_step) * args.batch_size / (now - shown))
                     recent, shown, shown_step = [], time.perf_counter(), self.step
+                if self.signal or now - self.saved > 60 * args.save_minutes:
+                    self.check(recent)
+                    self.save()
+                    self.stop_if_asked()
+            self.check(recent)
             self.save()
 
-    def progress(self, epoch, recent, speed):
-        losses = torch.stack(recent).mean(0).tolist()  # the loop's only wait for the device
+    def check(self, recent):
+        """The mean of recent steps' losses, once all are known to be finite: the loop's only wait for the device."""
+        if not recent:
+            return []
+        losses = torch.stack([loss for _, _, loss in recent]).cpu()
+        for (step, widths, _), row in zip(recent, losses):
+            if not row.isfinite().all():
+                k = int((~row.isfinite()).nonzero()[0])
+                names = ["the full network", *(f"widths {w.tolist()}" for w in widths), "the smallest network"]
+                lr = learning_rate(step - 1, self.data.steps, self.args)
+                raise Diverged(f"step {step}: loss {row[k].item()} of {names[k]} at learning rate {lr:.3g}; "
+                               "the last checkpoint stands. Try a smaller --lr")  # fmt: skip
+        return losses.mean(0).tolist()
+
+    def stop_if_asked(self):
+        if self.signal:
+            command = " ".join(a for a in sys.argv if a != "--resume")
+            raise Stopped(f"stopped at step {self.step}, all saved; continue with: {command} --resume", self.signal)
+
+    def asked_to_stop(self, number, frame):
+        """SIGTERM or Ctrl-C: process 0 saves after the step under way; the others wait for it in vain and go."""
+        self.signal = number
+        if self.world.rank:
+            signal.alarm(8)
+        elif self.step == self.steps:  # all training is saved, and what follows is done again
+            self.stop_if_asked()
+
+    def progress(self, epoch, losses, speed):
         total, lr = self.clock(), self.optimizer.param_groups[0]["lr"]
         left = timedelta(seconds=round(total / self.step * (self.steps - self.step)))
         share = self.seconds["search"] / total
@@ -712,44 +796,49 @@ class Run:
 
     def test_front(self, candidates):
         """Picks the front on the held-out split, calibrates and tests each of it -> rows of front.csv."""
-        args, net, world = self.args, self.net, self.world
+        args, net = self.args, self.net
 
-        def held_out_loss(a):
-            parts = [evaluate(net, a[None], x, y, args.amp) * len(x) for x, y in self.data.batches("held-out")]
-            return torch.cat(parts).sum(0, keepdim=True) / args.held_out
+        def held_out_loss(mine):
+            batches = self.data.batches("held-out")
+            return sum(evaluate(net, mine, x, y, args.amp) * len(x) for x, y in batches)[:, None] / args.held_out
 
         cost = self.cost(candidates)
         with self.searching():
-            loss = world.spread(candidates, held_out_loss)[:, 0]
+            loss = self.world.spread(candidates, 1, held_out_loss)[:, 0]
         loss[cost.argmax()] = -torch.inf  # the full network ends the front, whatever the noise says
         front = candidates[thin(pareto_front(loss, cost), cost, args.front_size)]
         self.say(f"testing {len(front)} configurations of the front")
-        net.eval()
-        tested = world.spread(front, self.test)
-        net.train()
+        tested = self.world.spread(front, 3, self.test)
         columns = [f(front).tolist() for f in (net.flops, net.params, net.memory)]
         return [(*map(int, costs), *result, a) for *costs, result, a in zip(*columns, tested.tolist(), front.tolist())]
 
-    def test(self, a):
-        """Test loss, top-1 and top-5 (%) at configuration a, BatchNorm calibrated for it."""
-        self.net.set_widths(a)
-        calibrate_bn(self.net, (x for x, _ in self.data.batches("calibrate")))
-        total, count = torch.zeros(3, dtype=torch.float64, device=self.world.device), 0
-        with torch.no_grad():
-            for x, y in self.data.batches("test"):
-                logits = self.net(x)
+    @torch.no_grad()
+    def test(self, widths):
+        """Test loss, top-1 and top-5 (%) of each configuration (n, d), BatchNorm calibrated for it: (n, 3)."""
+        calibration, plain = [x for x, _ in self.data.batches("calibrate")], []
+        for a in widths:
+            self.net.set_widths(a)
+            calibrate_bn(self.net, calibration)
+            plain.append(self.net.extract().eval())
+        total, count = torch.zeros(len(widths), 3, dtype=torch.float64, device=self.world.device), 0
+        for x, y in self.data.batches("test"):  # once for all: loading may cost more than the networks
+            count += len(y)
+            for net, row in zip(plain, total):
+                logits = net(x)
                 hits = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
-                total += torch.stack([F.cross_entropy(logits, y, reduction="sum"), 100 * hits[:, 0].sum(), 100 * hits.sum()])
-                count += len(y)
-        return total / count
+                row += torch.stack([F.cross_entropy(logits, y, reduction="sum"), 100 * hits[:, 0].sum(), 100 * hits.sum()])
+        return total / max(count, 1)
 
     def check_agreement(self):
         """All processes must hold the same weights and history, or the run is worth nothing."""
         if self.world.size > 1:
-            history = getattr(self.sampler, "widths", torch.zeros(1))
-            mine = torch.stack([self.flat[0].double().sum().cpu(), history.double().sum()]).to(self.world.device)
-            if not torch.equal(mine * self.world.size, self.world.mean(mine.clone()) * self.world.size):
+            tensors = [*self.flat, *self.sampler.state_dict().values()]
+            digest = hashlib.sha256(b"".join(t.detach().cpu().numpy().tobytes() for t in tensors)).hexdigest()
+            digests = [None] * self.world.size
+            dist.all_gather_object(digests, digest)
+            if len(set(digests)) > 1:
                 raise RuntimeError(f"process {self.world.rank} has other weights or another history than the rest")
+            self.say(f"{self.world.size} processes agree: weights and history have sha256 {digest[:16]}...")
 
     def report(self, rows):
         args = self.args
@@ -806,8 +895,8 @@ def main(argv=None):
         with claimed(args, world) as log_file:
             Run(args, world, log_file).main()
     except UserError as e:
-        print(f"train.py: error: {e}", file=sys.stderr, flush=True)
-        return 2
+        print(f"train.py: {e}", file=sys.stderr, flush=True)
+        return e.code
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
