@@ -171,8 +171,8 @@ class Joslim(UniformWidths):
         if self.targeted:
             # One target from each m-th part of the cost range: uniform, and proposals of a round differ.
             part = torch.randperm(m, generator=self.generator)
-            smallest = self.cost(self.box(self.lower)).item()
-            target = (smallest + (1 - smallest) * (part + self.rand(m)) / m).to(widths)
+            smallest = self.cost(widths.new_full((self.dim,), self.lower))
+            target = smallest + (1 - smallest) * ((part + self.rand(m)) / m).to(widths)
             best = self.minimize(lambda a: acquisition(self.at_cost(a, target)), m, widths)
             return self.at_cost(best, target)
 
@@ -212,9 +212,7 @@ class Joslim(UniformWidths):
         newton = -excess[..., None] / slope.clamp_min(1e-9)
         return self.box(a + (shift + newton).clamp(low, high))
 
-    def box(self, a: Tensor | float) -> Tensor:
-        if isinstance(a, float):
-            return torch.full((self.dim,), a, dtype=torch.float64)
+    def box(self, a: Tensor) -> Tensor:
         return a.clamp(self.lower, 1)
 
     def unit(self, a):

@@ -427,9 +427,6 @@ def _initialised(layers):
         for m in layer.modules():
             if isinstance(m, Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out")
-            elif isinstance(m, Linear):
-                nn.init.normal_(m.weight, 0, 0.01)
-                nn.init.zeros_(m.bias)
     return layers
 
 
