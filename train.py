@@ -217,11 +217,11 @@ def seeded(*keys):
     return torch.Generator().manual_seed(seed)
 
 
-def synthetic(n, seed, classes=12, parts=12, size=32, patch=11):
+def synthetic(n, seed, classes=20, parts=14, size=32, patch=11):
     """n images (n, 3, 32, 32) uint8 and labels: each class is a triple of coloured patches.
 
     The patches lie anywhere, over clouds and noise, and classes share them. A network must keep
-    apart all 12 patches, which takes channels.
+    apart all 14 patches, which takes channels.
     """
     g = seeded(0)
     shapes = F.avg_pool2d(F.pad(torch.randn(parts, 3, patch, patch, generator=g), (1, 1, 1, 1), "replicate"), 3, 1)
@@ -287,7 +287,7 @@ def read_cifar(folder, pattern, key):
 def load_arrays(args):
     """-> (train x, train y), (test x, test y), number of classes; x uint8 (n, c, h, w)."""
     if args.data == "synthetic":
-        return synthetic(8192 + args.held_out, 0), synthetic(4096, 1), 12
+        return synthetic(8192 + args.held_out, 0), synthetic(4096, 1), 20
     if not args.data_dir.is_dir():
         raise UserError(f"--data-dir: {args.data_dir} is not a folder")
     if args.download:
