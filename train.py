@@ -657,7 +657,7 @@ class Run:
         self.sampler.load_state_dict(state["sampler"])
         self.step, self.widths, self.seconds = state["step"], state["widths"], state["seconds"]
 
-    def clock(self, part="total"):
+    def clock(self):
         """Adds the time since the last call to the run's total."""
         now = time.perf_counter()
         self.seconds["total"] += now - self.began
