@@ -157,7 +157,7 @@ def ucb(mean: Tensor, variance: Tensor, beta: float) -> Tensor:
 
     The upper confidence bound of the negated objective (Srinivas et al. 2010), negated back.
     """
-    if beta < 0:
+    if not beta >= 0:
         raise ValueError(f"beta must not be negative, got {beta}")
     return mean - (beta * variance).sqrt()
 
@@ -169,8 +169,8 @@ def chebyshev(objectives: Tensor, weights: Tensor, ideal: Tensor | float = 0.0, 
     (..., k). Every Pareto-optimal point minimises it for some w, also where the front is not convex;
     the augmentation keeps weakly optimal ones out (Steuer & Choo 1983; Joslim, section 3).
     """
-    if objectives.shape[-1] != weights.shape[-1]:
-        raise ValueError(f"weights: expected {objectives.shape[-1]} in the last place, got {weights.shape[-1]}")
+    if objectives.shape[-1:] != weights.shape[-1:]:
+        raise ValueError(f"weights: expected {tuple(objectives.shape[-1:])} in the last place, got {tuple(weights.shape)}")
     gap = weights * (objectives - ideal)
     return gap.amax(-1) + rho * gap.sum(-1)
 
@@ -198,13 +198,19 @@ def optimize_acquisition(
         lower, upper: the box, floats or (d,).
         starts: (s, d), tried for every function.
     Returns x (batch, d) and fn there (batch,).
+    Raises ValueError for an empty box, a count below 1, or shapes that do not fit.
     """
+    for name, value in (("dim", dim), ("batch", batch), ("raw", raw), ("restarts", restarts), ("steps", steps)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if starts is not None and (starts.ndim != 2 or starts.shape[1] != dim):
+        raise ValueError(f"starts: expected shape (s, {dim}), got {tuple(starts.shape)}")
     device = starts.device if starts is not None else torch.as_tensor(lower).device
     # Drawn on the CPU: the same points whatever the device.
     x = torch.rand(raw, batch, dim, generator=generator, dtype=torch.float64).to(device)
     lower, upper = (torch.as_tensor(b, dtype=torch.float64, device=device) for b in (lower, upper))
-    if not (lower <= upper).all():
-        raise ValueError("lower: must not be above upper")
+    if not (lower <= upper).all() or not (upper - lower).isfinite().all():
+        raise ValueError(f"lower, upper: expected a finite box, got {lower.tolist()} to {upper.tolist()}")
     x = lower + (upper - lower) * x
     if starts is not None:
         x = torch.cat([x, starts.double()[:, None].expand(-1, batch, -1).clamp(lower, upper)])

@@ -50,11 +50,13 @@ class RandomWidths:
         self.dim, self.lower = dim, lower
         self.generator = torch.Generator().manual_seed(seed)
 
-    def rand(self, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=self.generator, dtype=torch.float64)
+    def rand(self, m: int, *shape: int) -> Tensor:
+        if m < 1:
+            raise ValueError(f"m must be at least 1, got {m}")
+        return torch.rand(m, *shape, generator=self.generator, dtype=torch.float64)
 
     def sample(self, m: int) -> Tensor:
-        """m configurations (m, d), float64, in [lower, 1]."""
+        """m configurations (m, d), float64, in [lower, 1]. Raises ValueError for m below 1."""
         return self.lower + (1 - self.lower) * self.rand(m, self.dim)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -69,7 +71,7 @@ class UniformWidths(RandomWidths):
     """a = u * 1 with u ~ U[lower, 1], one width for the whole network: US-Nets (Yu & Huang 2019)."""
 
     def sample(self, m: int) -> Tensor:
-        """m configurations (m, d), float64, in [lower, 1]."""
+        """m configurations (m, d), float64, in [lower, 1]. Raises ValueError for m below 1."""
         return (self.lower + (1 - self.lower) * self.rand(m, 1)).expand(m, self.dim).clone()
 
 
@@ -108,7 +110,7 @@ class Joslim(UniformWidths):
         super().__init__(dim, lower, seed)
         if num_prior < 1:
             raise ValueError(f"num_prior must be at least 1, got {num_prior}")
-        if beta < 0:
+        if not beta >= 0:
             raise ValueError(f"beta must not be negative, got {beta}")
         self.cost, self.num_prior, self.beta, self.targeted = cost, num_prior, beta, targeted
         self.widths = torch.empty(0, dim, dtype=torch.float64)
@@ -131,12 +133,16 @@ class Joslim(UniformWidths):
         """Renews the losses (n,) of all configurations, or of those whose indices (k,) are `where`.
 
         The weights have moved since the others were observed: theirs are shifted by the mean change
-        of the renewed. nan or inf marks a configuration as not observed.
+        of the renewed. nan or inf marks a configuration as not observed. Raises ValueError for a
+        wrong shape or an index that is none.
         """
+        n = len(self.widths)
         losses = torch.as_tensor(losses).to(self.losses)
-        where = torch.arange(len(self.widths)) if where is None else where
-        if losses.shape != where.shape:
+        where = torch.arange(n) if where is None else where
+        if losses.shape != where.shape or losses.ndim != 1:
             raise ValueError(f"losses: expected shape {tuple(where.shape)}, got {tuple(losses.shape)}")
+        if len(where) and not 0 <= where.min() <= where.max() < n:
+            raise ValueError(f"where: expected indices from 0 to {n - 1}, got {where.min()} to {where.max()}")
         change = losses - self.losses[where]
         change = change[change.isfinite()]
         renewed = self.losses + (change.mean() if len(change) else 0.0)
@@ -157,13 +163,21 @@ class Joslim(UniformWidths):
 
     @torch.no_grad()
     def propose(self, m: int) -> Tensor:
-        """m configurations (m, d) from a GP on the history. Raises ValueError if no loss is finite."""
+        """m configurations (m, d) from a GP on the history.
+
+        Raises ValueError if `widths` and `losses` do not fit together or no loss is finite.
+        """
+        n = len(self.widths)
+        if self.widths.shape != (n, self.dim) or self.losses.shape != (n,):
+            raise ValueError(f"widths, losses: expected shapes (n, {self.dim}) and (n,), got "
+                             f"{tuple(self.widths.shape)} and {tuple(self.losses.shape)}")  # fmt: skip
         known = self.losses.isfinite()
         if not known.any():
             raise ValueError("losses: none is finite; observe() the history's losses before sample()")
         widths = self.widths[known].double()
         model = GP(self.unit(widths), self.losses[known], self.hyper).fit()
         self.hyper = model.hyper
+        near = widths[shortlist(self.losses[known], self.cost(widths), 50)]  # where good ones are: starts
 
         def acquisition(a):
             return ucb(*model.posterior(self.unit(a)), self.beta)
@@ -173,7 +187,7 @@ class Joslim(UniformWidths):
             part = torch.randperm(m, generator=self.generator)
             smallest = self.cost(widths.new_full((self.dim,), self.lower))
             target = smallest + (1 - smallest) * ((part + self.rand(m)) / m).to(widths)
-            best = self.minimize(lambda a: acquisition(self.at_cost(a, target)), m, widths)
+            best = self.minimize(lambda a: acquisition(self.at_cost(a, target)), m, near)
             return self.at_cost(best, target)
 
         # Lambda uniform, both objectives scaled to [0, 1] over what is known, from the ideal point 0.
@@ -185,7 +199,7 @@ class Joslim(UniformWidths):
             loss = (acquisition(a) - low) / (high - low).clamp_min(1e-12)
             return chebyshev(torch.stack([loss, self.cost(a, relaxed=True)], -1), weights)
 
-        return self.minimize(scalarized, m, widths)
+        return self.minimize(scalarized, m, near)
 
     def minimize(self, fn, m, starts):
         raw = 256 if self.lower < 1 else 1
@@ -235,10 +249,11 @@ def sandwich_step(
     x: Tensor,
     y: Tensor,
     widths: Iterable[Tensor],
-    lower: float = 0.42,
+    lower: float | None = 0.42,
     label_smoothing: float = 0.0,
     amp: bool = False,
     scale: float = 1.0,
+    teacher: Tensor | float = 1.0,
 ) -> Tensor:
     """Adds up the gradients of one step: sandwich rule with in-place distillation (US-Nets, section 3).
 
@@ -249,10 +264,16 @@ def sandwich_step(
     Args:
         x, y: images (b, c, h, w) and class indices (b,).
         widths: configurations, each (d,).
+        lower: the smallest network's width; None leaves it out.
         amp: bfloat16 autocast in the forward passes.
         scale: multiplies the loss before backward, 1 / k for one of k parts of a batch.
+        teacher: the configuration that learns from the labels. With no `widths` and no `lower`, the
+            step is an ordinary one of that configuration.
     Returns the losses (len(widths) + 2,), detached, on x's device: full, widths, smallest.
+    Raises ValueError for x and y that do not fit together. That y's values name classes is not
+    checked: on a GPU that would mean waiting for it.
     """
+    _check_batch(x, y)
 
     def learn(a, target, smoothing=0.0):
         net.set_widths(a)
@@ -264,10 +285,18 @@ def sandwich_step(
         return logits.detach()
 
     losses = []
-    teacher = learn(1.0, y, label_smoothing).float().softmax(1)
-    for a in (*widths, lower):
-        learn(a, teacher)
+    soft = learn(teacher, y, label_smoothing).float().softmax(1)
+    for a in (*widths, *([] if lower is None else [lower])):
+        learn(a, soft)
     return torch.stack(losses)
+
+
+def _check_batch(x, y):
+    if not x.is_floating_point() or len(x) == 0:
+        raise ValueError(f"x: expected at least one image, of floating point; got {tuple(x.shape)}, {x.dtype}")
+    if y.shape != x.shape[:1] or y.dtype != torch.int64 or y.device != x.device:
+        raise ValueError(f"y: expected class indices ({len(x)},), int64, on {x.device}; "
+                         f"got {tuple(y.shape)}, {y.dtype}, on {y.device}")  # fmt: skip
 
 
 @torch.no_grad()
@@ -275,8 +304,9 @@ def evaluate(net: nn.Module, widths: Iterable[Tensor], x: Tensor, y: Tensor, amp
     """Cross-entropy (n,) at each configuration on one batch, with that batch's BatchNorm statistics.
 
     Weights and running statistics stay as they are (`models.BatchNorm2d` does not track in
-    training); the widths stay at the last configuration.
+    training); the widths stay at the last configuration. Raises ValueError as `sandwich_step`.
     """
+    _check_batch(x, y)
     training = net.training
     net.train()
     losses = []
@@ -318,10 +348,10 @@ def calibrate_bn(net: nn.Module, batches: Iterable[Tensor]) -> None:
 def pareto_front(loss: Tensor, cost: Tensor) -> Tensor:
     """Indices (k,) of the non-dominated among (loss, cost) pairs (n,), both minimised, by rising cost.
 
-    Of equal pairs the first is kept. A loss that is nan or infinite is dominated by all.
+    Of equal pairs the first is kept. A loss that is nan or infinite is dominated by all. Raises
+    ValueError for shapes that differ or a cost that is not finite.
     """
-    if loss.ndim != 1 or loss.shape != cost.shape:
-        raise ValueError(f"loss, cost: expected one shape (n,), got {tuple(loss.shape)} and {tuple(cost.shape)}")
+    _check_pairs(loss, cost)
     loss = loss.nan_to_num(torch.inf, torch.inf)
     order = loss.argsort(stable=True)
     order = order[cost[order].argsort(stable=True)]
@@ -330,12 +360,20 @@ def pareto_front(loss: Tensor, cost: Tensor) -> Tensor:
     return order[ranked < cheaper_best]
 
 
+def _check_pairs(loss, cost):
+    if loss.ndim != 1 or loss.shape != cost.shape:
+        raise ValueError(f"loss, cost: expected one shape (n,), got {tuple(loss.shape)} and {tuple(cost.shape)}")
+    if not cost.isfinite().all():
+        raise ValueError("cost: every value must be finite")
+
+
 def shortlist(loss: Tensor, cost: Tensor, k: int) -> Tensor:
     """Indices of the at least k (of all n, where k > n) that lie nearest the front.
 
     Whole fronts are taken one after the other, each of what the earlier ones left. Those whose loss
-    is nan or infinite come first: nothing is known against them.
+    is nan or infinite come first: nothing is known against them. Raises ValueError as `pareto_front`.
     """
+    _check_pairs(loss, cost)
     chosen = (~loss.isfinite()).nonzero()[:, 0]
     left = loss.isfinite().nonzero()[:, 0]
     while len(chosen) < k and len(left):
@@ -351,7 +389,7 @@ def front_area(loss: Tensor, cost: Tensor, low: float | None = None, high: float
     """Area under the front: the integral over budgets in [low, high] of the least loss within each.
 
     loss, cost: (n,). `low` defaults to the smallest cost; below that no configuration fits the
-    budget, so a lower `low` raises ValueError.
+    budget, so a lower `low` raises ValueError, as does one above `high`, or no finite loss.
     """
     front = pareto_front(loss, cost)
     if len(front) == 0:
@@ -360,5 +398,7 @@ def front_area(loss: Tensor, cost: Tensor, low: float | None = None, high: float
     low = cost[0].item() if low is None else low
     if low < cost[0]:
         raise ValueError(f"low: no configuration costs as little as {low:g}; the cheapest costs {cost[0].item():g}")
-    edges = torch.cat([cost, cost.new_tensor([high])]).clamp(low, max(low, high))
+    if not low <= high:
+        raise ValueError(f"low, high: expected low <= high, got {low:g} and {high:g}")
+    edges = torch.cat([cost, cost.new_tensor([high])]).clamp(low, high)
     return (loss * edges.diff()).sum().item()

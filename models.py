@@ -33,10 +33,12 @@ class WidthGroup:
     """Channels that must agree. `max` exist, the first `active` of them are in use.
 
     A `fixed` group (image channels, MobileNetV2's last 1280) is never slimmed and takes no place in
-    the width vector.
+    the width vector. Raises ValueError for max below 1.
     """
 
     def __init__(self, max: int, fixed: bool = False):
+        if max < 1:
+            raise ValueError(f"max must be at least 1, got {max}")
         self.max = self.active = max
         self.fixed = fixed
 
@@ -464,3 +466,56 @@ def build(arch: str, num_classes: int, image_size: int, in_channels: int = 3) ->
         raise ValueError(f"arch: unknown {arch!r}, choose from {', '.join(ARCHS)}")
     block, depths = RESNETS[arch]
     return resnet(block, depths, num_classes, image, cifar=len(depths) == 3)
+
+
+# ------------------------------------------------------------------------------ demonstration
+
+# Parameters and GFLOPs (multiply-accumulates, 224 x 224) that torchvision publishes with its weights.
+TORCHVISION = {
+    "resnet18": (11_689_512, 1.814), "resnet34": (21_797_672, 3.664), "resnet50": (25_557_032, 4.089),
+    "resnet101": (44_549_160, 7.801), "resnet152": (60_192_808, 11.514), "mbv2": (3_504_872, 0.301),
+}  # fmt: skip
+
+
+def main():
+    """Prints the networks' costs, then a training pass's time beside the plain network's of that shape."""
+    import statistics
+    import time
+
+    print("                          params                     GFLOPs    memory MB    groups  (torchvision's)")
+    for arch in ARCHS:
+        image = 224 if arch in TORCHVISION else 32
+        net = build(arch, 1000 if image == 224 else 10, image)
+        costs = [cost(1.0).item() for cost in (net.params, net.flops, net.memory)]
+        params, gflops = TORCHVISION.get(arch, ("", ""))
+        print(f"{arch:10} {image:4} {costs[0]:12.0f} {params!s:>11} {costs[1] / 1e9:9.3f} {gflops!s:>7} "
+              f"{costs[2] / 1e6:9.1f} {net.num_widths:9}")  # fmt: skip
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    runs = 9
+    print(f"\nforward and backward, batch of 64, {where}, torch {torch.__version__}; median of {runs}, quartiles of the ratio")
+
+    def seconds(m, x, y):
+        start = time.perf_counter()
+        F.cross_entropy(m(x), y).backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    for arch, image in (("resnet20", 32), ("mbv2", 64)):
+        net = build(arch, 10, image).to(device)
+        x, y = torch.randn(64, 3, image, image, device=device), torch.randint(10, (64,), device=device)
+        for a in (1.0, 0.75, 0.42):
+            net.set_widths(a)
+            plain = net.extract()
+            # Side by side, so that both meet the same weather; the first two rounds warm up.
+            pairs = [(seconds(net, x, y), seconds(plain, x, y)) for _ in range(runs + 2)][2:]
+            ours, theirs = (statistics.median(t) for t in zip(*pairs))
+            low, middle, high = statistics.quantiles([s / p for s, p in pairs], n=4)
+            print(f"{arch:9} width {a:4.2f}: slimmable {1e3 * ours:7.1f} ms, plain {1e3 * theirs:7.1f} ms, "
+                  f"ratio {middle:.3f} ({low:.3f} to {high:.3f})")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

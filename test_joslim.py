@@ -1,18 +1,23 @@
-"""pytest -q            every fast test, under 4 minutes on 2 cores
-pytest -m slow       the long ones
+"""pytest -q             every fast test, under 4 minutes on 2 cores
+pytest -m slow -s     25 kills, dead workers, a full disk; shows what was seen
 
 Each test compares with something that is not this project's: torchvision's networks, plain networks,
 closed forms, dense algebra, finite differences, brute force.
 """
 
 import csv
+import fcntl
 import gzip
 import json
 import os
 import pickle
+import random
+import shutil
+import signal
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -181,6 +186,12 @@ def test_costs_are_the_published(arch, gflops, mparams):
     net = models.build(arch, 1000, 224)
     assert round(net.flops(1.0).item() / 1e9, 3) == gflops
     assert round(net.params(1.0).item() / 1e6, 3) == mparams
+
+
+def test_the_published_figures_quoted_are_torchvisions():
+    for arch, (params, gflops) in models.TORCHVISION.items():
+        (weights,) = list(torchvision.models.get_model_weights("mobilenet_v2" if arch == "mbv2" else arch))[:1]
+        assert (params, gflops) == (weights.meta["num_params"], weights.meta["_ops"])
 
 
 @pytest.mark.parametrize("arch", ["resnet20", "resnet50", "mbv2"])
@@ -514,7 +525,100 @@ def test_hard_histories(d, losses):
         assert new.shape == (2, d) and ((new >= LOWER) & (new <= 1)).all()
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_any_history_gives_usable_proposals(seed):
+    """Random dimension, box, history and scale of losses, some of them not finite."""
+    g = torch.Generator().manual_seed(seed)
+    d, n, m = (int(torch.randint(low, high, (), generator=g)) for low, high in ((1, 30), (1, 80), (1, 6)))
+    lower = 0.05 + 0.9 * torch.rand((), generator=g).item()
+    weight = torch.rand(d, generator=g).double() + 0.01
+    cost = lambda a, relaxed=False: (a**2 @ weight) / weight.sum()  # noqa: E731
+    sampler = joslim.Joslim(d, cost, lower, num_prior=1, seed=seed, targeted=bool(seed % 3))
+    sampler.widths = lower + (1 - lower) * torch.rand(n, d, generator=g).double()
+    sampler.losses = torch.randn(n, generator=g).double() * 10 ** (12 * torch.rand((), generator=g).double() - 6)
+    sampler.losses[torch.rand(n, generator=g) < 0.2] = torch.nan
+    sampler.losses[0] = 1.0
+    new = sampler.sample(m)
+    assert new.shape == (m, d) and (new >= lower).all() and (new <= 1).all() and len(sampler.losses) == n + m
+    sampler.observe(torch.rand(n + m, generator=g))
+    assert set(sampler.due(5).tolist()) >= set(joslim.pareto_front(sampler.losses, cost(sampler.widths)).tolist()[:1])
+
+
+@pytest.mark.parametrize("arch", ["resnet8", "resnet50", "mbv2"])
+def test_costs_grow_with_every_width(arch):
+    net = models.build(arch, 10, 64)
+    a = torch.stack([widths_for(net, s) for s in range(20)])
+    b = a + (1 - a) * torch.stack([widths_for(net, 100 + s, 0.0) for s in range(20)])
+    for cost in (net.flops, net.params, net.memory):
+        for relaxed in (False, True):
+            assert (cost(a, relaxed) <= cost(b, relaxed)).all() and (cost(b, relaxed) <= cost(1.0)).all()
+
+
+def test_wrong_arguments_are_named():
+    net = models.build("resnet8", 5, 16)
+    x, y, one = torch.randn(4, 3, 16, 16), torch.zeros(4, dtype=torch.long), torch.ones(3)
+    mean = lambda a, relaxed=False: a.mean(-1)  # noqa: E731
+    sampler = joslim.Joslim(2, mean, num_prior=1)
+    sampler.sample(2)
+    sampler.observe(torch.ones(3))
+    broken = joslim.Joslim(2, mean, num_prior=1)
+    broken.widths = torch.ones(4, 3)
+    for call, name in (
+        (lambda: joslim.RandomWidths(0), "dim"), (lambda: joslim.UniformWidths(3, lower=float("nan")), "lower"),
+        (lambda: joslim.Joslim(3, mean, num_prior=0), "num_prior"), (lambda: joslim.Joslim(3, mean, beta=-1), "beta"),
+        (lambda: joslim.UniformWidths(3).sample(0), "m must"), (lambda: sampler.sample(0), "m must"),
+        (lambda: sampler.observe(torch.ones(2)), "losses: expected"), (lambda: broken.sample(2), "widths, losses"),
+        (lambda: sampler.observe(torch.ones(1), torch.tensor([9])), "where: expected"),
+        (lambda: joslim.sandwich_step(net, x, y[:3], []), "y: expected"),
+        (lambda: joslim.sandwich_step(net, x, y.float(), []), "y: expected"),
+        (lambda: joslim.sandwich_step(net, x.byte(), y, []), "x: expected"),
+        (lambda: joslim.sandwich_step(net, x, y, [torch.ones(3)]), "a: this network has 6 widths"),
+        (lambda: joslim.sandwich_step(net, x, y, [], lower=0.0), "a: widths must lie"),
+        (lambda: joslim.evaluate(net, [], x, y[:2]), "y: expected"),
+        (lambda: joslim.pareto_front(one, one * torch.nan), "cost: every"),
+        (lambda: joslim.shortlist(one, torch.ones(4), 2), "loss, cost"),
+        (lambda: joslim.front_area(one * torch.nan, one), "loss: none"),
+        (lambda: joslim.front_area(one, one, high=0.5), "low, high"),
+        (lambda: gp.chebyshev(one, torch.ones(2)), "weights"), (lambda: gp.ucb(one, one, float("nan")), "beta"),
+        (lambda: gp.optimize_acquisition(lambda x: x.sum(-1), 1.0, 0.0, 2), "lower, upper"),
+        (lambda: gp.optimize_acquisition(lambda x: x.sum(-1), 0.0, float("inf"), 2), "lower, upper"),
+        (lambda: gp.optimize_acquisition(lambda x: x.sum(-1), 0.0, 1.0, 2, starts=one[None]), "starts"),
+        (lambda: gp.optimize_acquisition(lambda x: x.sum(-1), 0.0, 1.0, 2, steps=0), "steps"),
+        (lambda: gp.optimize_acquisition(lambda x: x.sum(), 0.0, 1.0, 2), "fn: expected"),
+        (lambda: models.WidthGroup(0), "max"), (lambda: models.build("mbv2", 0, 32), "num_classes"),
+        (lambda: net.flops(torch.ones(2, 5)), "a: this network"), (lambda: net.extract(2.0), "a: widths must lie"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=name):
+            call()
+    assert len(sampler.widths) == 3  # a refused call leaves no trace
+
+
 # ------------------------------------------------------------------------------ weights
+
+
+def test_one_configuration_alone_is_an_ordinary_step():
+    torch.manual_seed(0)
+    net = models.build("resnet8", 6, 16).double()
+    x, y = torch.randn(8, 3, 16, 16).double(), torch.randint(6, (8,))
+    a = widths_for(net, 1, LOWER)
+    losses = joslim.sandwich_step(net, x, y, [], None, label_smoothing=0.1, teacher=a)
+    plain = net.extract(a)
+    loss = nn.CrossEntropyLoss(label_smoothing=0.1)(plain(x), y)
+    loss.backward()
+    torch.testing.assert_close(losses, loss.detach()[None])
+    for (name, p), q in zip(net.named_parameters(), plain.parameters()):
+        torch.testing.assert_close(p.grad[tuple(map(slice, q.shape))], q.grad)
+
+
+def test_parts_of_a_batch_make_its_gradient():
+    net, x, y, widths = joined_batch()
+    _, whole = train.flatten(net)
+    losses = joslim.sandwich_step(net, x, y, widths)
+    expected = whole.clone()
+    whole.zero_()
+    parts = [joslim.sandwich_step(net, *part, widths, scale=0.25) for part in zip(x.chunk(4), y.chunk(4))]
+    torch.testing.assert_close(whole, expected, rtol=1e-6, atol=1e-10)
+    torch.testing.assert_close(sum(parts) / 4, losses)
 
 
 def test_sandwich_gradient_is_the_sum():
@@ -830,7 +934,7 @@ def tiny(tmp_path_factory):
 
 @pytest.mark.parametrize("flags", [
     ["--method", "slim"], ["--method", "twostage"], ["--cost", "memory"], ["--cost", "params"], ["--random-lambda"],
-    ["--amp"],
+    ["--amp"], ["--method", "slim", "--hold-widths", "--tau", "2"], ["--accumulate", "4"],
 ])  # fmt: skip
 def test_methods_and_costs(flags, tiny, tmp_path):
     assert train.main([*tiny, *flags, "--out", str(tmp_path)]) == 0
@@ -844,6 +948,53 @@ def test_methods_and_costs(flags, tiny, tmp_path):
     assert events[0]["event"] == "settings" and events[-1]["event"] == "done" and 0 <= events[-1]["search_share"] < 1
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert state["step"] == 8
+
+
+def test_weights_searched_afterwards_and_networks_alone(tiny, tmp_path, capsys):
+    """The references of a comparison, and the comparison of them all."""
+    out = lambda name: str(tmp_path / name)  # noqa: E731
+    for seed in "01":
+        assert train.main([*tiny, "--method", "slim", "--seed", seed, "--out", out("slim" + seed)]) == 0
+        assert train.main([*tiny, "--seed", seed, "--out", out("joslim" + seed)]) == 0
+    slim = ["--weights", out("slim0/checkpoint.pt")]
+    assert train.main([*tiny, "--method", "twostage", *slim, "--out", out("searched")]) == 0
+    a, b = (torch.load(out(f"{n}/checkpoint.pt"), weights_only=True) for n in ("slim0", "searched"))
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"]) and b["step"] == 8
+    assert train.main([*tiny, "--method", "twostage", "--seed", "1", *slim, "--out", out("x")]) == 2
+    assert "--seed 0, not 1" in capsys.readouterr().err  # its held-out images were trained on
+
+    row = read_front(out("joslim0"))[1]
+    assert train.main([*tiny, "--method", "alone", "--widths", row["widths"], "--out", out("alone")]) == 0
+    (alone,) = read_front(out("alone"))
+    assert alone["widths"] == row["widths"] and alone["flops"] == row["flops"]
+    net = models.build("resnet8", 10, 8)
+    net.set_widths(torch.tensor([float(w) for w in row["widths"].split()]))
+    torch.manual_seed(0)
+    start = models.build("resnet8", 10, 8).state_dict()
+    trained = torch.load(out("alone/checkpoint.pt"), weights_only=True)["model"]
+    kept = net.extract().state_dict()["layer3.0.conv2.weight"].shape
+    ratio = trained["layer3.0.conv2.weight"] / start["layer3.0.conv2.weight"]
+    inside = torch.zeros_like(ratio, dtype=torch.bool)
+    inside[tuple(map(slice, kept))] = True
+    assert ratio[inside].std() > 1e-3 and ratio[~inside].std() < 1e-6  # what is cut off only decays
+
+    capsys.readouterr()
+    names = ["joslim0", "joslim1", "slim0", "slim1", "searched", "alone"]
+    assert train.main(["--compare", *map(out, names), "--out", out("picture.png")]) == 0
+    text = capsys.readouterr().out
+    # By a loop over budgets, from the files alone.
+    means = {}
+    for name in names[:4]:
+        rows = [(int(r["flops"]), float(r["top1"])) for r in read_front(out(name))]
+        low, full = rows[0][0], rows[-1][0]
+        budgets = [low + (full - low) * i / 199 for i in range(200)]
+        means[name] = sum([t for f, t in rows if f <= b + 1][-1] for b in budgets) / 200
+    for kind in ("joslim", "slim"):
+        mean = (means[kind + "0"] + means[kind + "1"]) / 2
+        (line,) = [line for line in text.splitlines() if line.split()[:1] == [kind] and "seeds 0 1" in line]
+        assert float(line.split()[4]) == pytest.approx(mean, abs=0.011)
+    assert "twostage trained_as=slim" in text and f"top-1 {float(alone['top1']):.2f}" in text
+    assert train.main(["--compare", out("joslim0"), out("nowhere")]) == 2 and "nowhere" in capsys.readouterr().err
 
 
 def same_run(one, two):
@@ -881,7 +1032,11 @@ def test_resumed_run_is_the_unbroken_run(method, tiny, tmp_path, monkeypatch):
     (["--batch-size", "9000"], "9000"), (["--device", "abacus"], "abacus"), (["--data", "cifar10"], "--data-dir"),
     (["--data", "imagenet", "--data-dir", "/nowhere"], "/nowhere/train"), (["--eval-images", "99999"], "--eval-images"),
     (["--data", "cifar100", "--data-dir", "/nowhere"], "/nowhere"), (["--out", "/proc/no"], "/proc/no"),
-    (["--data", "cifar10", "--data-dir", "."], "cifar-10-batches-py"),
+    (["--data", "cifar10", "--data-dir", "."], "cifar-10-batches-py"), (["--accumulate", "3"], "--accumulate 3"),
+    (["--method", "alone"], "--widths"), (["--method", "alone", "--widths", "1 2"], "--widths"),
+    (["--method", "alone", "--widths", "1 2 x 1 1 1"], "--widths"), (["--widths", "1"], "--method alone"),
+    (["--method", "slim", "--weights", "/nowhere"], "/nowhere"), (["--weights", "/nowhere"], "--weights is for"),
+    (["--hold-widths"], "--hold-widths is for"), (["--compare", "/nowhere"], "/nowhere"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_exit_2(flags, word, tmp_path, capsys):
     out = [] if "--out" in flags else ["--out", str(tmp_path / "out")]
@@ -889,6 +1044,51 @@ def test_bad_input_is_one_line_and_exit_2(flags, word, tmp_path, capsys):
     err = capsys.readouterr().err
     assert word in err and err.count("\n") == 1
     assert not list(tmp_path.rglob("*.pt"))
+
+
+@pytest.mark.parametrize("kind, harm, word", [
+    ("imagenet", lambda root: shutil.rmtree(root / "val"), "val is missing"),
+    ("imagenet", lambda root: shutil.rmtree(root / "train"), "train is missing"),
+    ("imagenet", lambda root: [shutil.rmtree(p) for p in (root / "train").iterdir()], "train"),
+    ("imagenet", lambda root: (root / "val" / "dog").rename(root / "val" / "cow"), "cow, dog"),
+    ("imagenet", lambda root: [p.unlink() for p in (root / "train" / "dog").iterdir()], "dog"),
+    ("fashion-mnist", lambda root: (root / "FashionMNIST/raw/t10k-labels-idx1-ubyte.gz").unlink(), "t10k-labels"),
+    ("fashion-mnist", lambda root: (root / "FashionMNIST/raw/train-images-idx3-ubyte.gz").write_bytes(b"x"), "train-images"),
+    ("fashion-mnist", lambda root: write_idx(root / "FashionMNIST/raw/train-labels-idx1-ubyte.gz", torch.arange(96).byte()),
+     "from 0 to 9"),
+    ("fashion-mnist", lambda root: write_idx(root / "FashionMNIST/raw/train-labels-idx1-ubyte.gz", torch.zeros(95).byte()),
+     "95 labels"),
+    ("cifar10", lambda root: (root / "cifar-10-batches-py/test_batch").write_bytes(b""), "test_batch"),
+    ("cifar10", lambda root: shutil.rmtree(root / "cifar-10-batches-py"), "cifar-10-batches-py"),
+])  # fmt: skip
+def test_bad_data_is_one_line_and_exit_2(kind, harm, word, tmp_path, capsys):
+    root = write_data(kind, tmp_path / "data")
+    harm(root)
+    assert train.main([*SMALL, "--data", kind, "--data-dir", str(root), "--out", str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert word in err and err.count("\n") == 1
+    assert not list((tmp_path / "out").rglob("*.pt"))
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    with pytest.raises(train.UserError, match="GPU 99"):
+        train.World("cuda:99")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(train.UserError, match="GPU 1 asked for, this machine has 1"):
+        train.World("cuda")
+
+
+def test_a_folder_in_use(tiny, tmp_path, capsys):
+    (tmp_path / "log.jsonl").write_text("not a whole line")
+    with open(tmp_path / "log.jsonl") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert train.main([*tiny, "--out", str(tmp_path), "--resume"]) == 2
+        assert "in use" in capsys.readouterr().err
+    assert (tmp_path / "log.jsonl").read_text() == "not a whole line"
+    assert train.main([*tiny, "--method", "slim", "--out", str(tmp_path), "--resume"]) == 0
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[1])["event"] == "settings"
 
 
 @pytest.mark.parametrize("flags", [["--arch", "vgg"], ["--data", "mnist"], ["--epochs", "many"]])
@@ -989,6 +1189,107 @@ def test_torchrun_processes_agree(tiny, tmp_path):
     done = subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert len(read_front(tmp_path / "two")) >= 2
+
+
+# ------------------------------------------------------------------------------ faults, at length
+
+
+def launch(processes, *options):
+    many = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *options]
+    return [sys.executable, *(many if processes > 1 else []), "train.py"]
+
+
+def family(pid):
+    """The process and all its descendants."""
+    children = (Path("/proc", str(pid), "task", str(pid), "children")).read_text().split()
+    return [pid, *(p for c in children for p in family(int(c)))]
+
+
+def start(command):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(command):
+    out, err = (run := start(command)).communicate(timeout=600)
+    assert run.returncode == 0, err
+    return out
+
+
+def await_line(run, *starts):
+    for line in run.stdout:
+        if line.startswith(starts):
+            return line
+    raise AssertionError(run.stderr.read())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_25_times(processes, tiny, tmp_path):
+    flags = [*tiny, "--epochs", "150", "--tau", "4"]
+    finish([*launch(processes), *flags, "--out", str(tmp_path / "whole")])
+    # Saving after every step, so that many a kill finds a checkpoint half written.
+    command = [*launch(processes), *flags, "--out", str(tmp_path / "killed"), "--resume", "--save-minutes", "0"]
+    pauses, found = random.Random(0), []
+    for _ in range(25):
+        run = start(command)
+        found.append(await_line(run, "continuing", "no checkpoint").split()[-1])
+        time.sleep(pauses.uniform(0, 0.8))
+        assert run.poll() is None, "finished before it could be killed: a longer run is needed"
+        for pid in family(run.pid):
+            os.kill(pid, signal.SIGKILL)
+        run.communicate()
+    print(f"{processes} processes: continued from steps {' '.join(found)}")
+    finish(command)
+    assert same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_a_dead_worker_is_replaced(tiny, tmp_path):
+    flags = [*tiny, "--epochs", "300", "--tau", "40", "--save-minutes", "0.01", "--log-seconds", "1"]
+    finish([*launch(2), *flags, "--out", str(tmp_path / "whole")])
+    run = start([*launch(2, "--max-restarts=3"), *flags, "--out", str(tmp_path / "killed")])
+    for rank in ("1", "0"):
+        await_line(run, "epoch")
+        _, *workers = family(run.pid)
+        rank_of = {p: dict(v.split("=", 1) for v in Path(f"/proc/{p}/environ").read_text().split("\0") if "=" in v)
+                   .get("RANK") for p in workers}  # fmt: skip
+        (worker,) = [p for p in workers if rank_of[p] == rank]
+        os.kill(worker, signal.SIGKILL)
+        print(await_line(run, "continuing").strip())
+    out, err = run.communicate(timeout=300)
+    assert run.returncode == 0, err
+    assert same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_a_full_disk(tiny, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o"]
+    if subprocess.run([*mount, "size=1600k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        finish([*launch(1), *tiny, "--out", str(tmp_path / "whole")])
+        command = [*launch(1), *tiny, "--out", str(disk / "run"), "--resume"]
+        out, err = (run := start(command)).communicate(timeout=100)  # the third checkpoint does not fit
+        print(err.strip())
+        assert run.returncode == 2 and err.count("\n") == 1 and "checkpoint.pt: could not be written (No space" in err
+        step = torch.load(disk / "run" / "checkpoint.pt", weights_only=True)["step"]
+        assert 0 < step < 8 and not list(disk.rglob("*.part"))
+        with open(disk / "rest", "wb", buffering=0) as f, pytest.raises(OSError):
+            while True:
+                f.write(bytes(1024))
+        _, err = (run := start(command)).communicate(timeout=100)  # now not even the log's next line
+        print(err.strip())
+        assert run.returncode == 2 and err.count("\n") == 1 and "log.jsonl: could not be written" in err
+        assert torch.load(disk / "run" / "checkpoint.pt", weights_only=True)["step"] == step
+        (disk / "rest").unlink()
+        subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
+        finish(command)
+        assert same_run(tmp_path / "whole", disk / "run")
+    finally:
+        subprocess.run(["umount", str(disk)])
 
 
 def test_readmes_map_points_at_the_lines_it_names():

@@ -5,6 +5,7 @@
     python train.py --data cifar100 --data-dir DIR       # resnet56 on one GPU
     torchrun --nproc_per_node=8 train.py --arch mbv2 --data imagenet --data-dir DIR
     torchrun --nnodes=2 --node_rank=R --master_addr=HOST --nproc_per_node=8 train.py ...  # on each of two nodes
+    python train.py --compare RUN RUN ...                # table and picture of finished runs
 
 Written under --out: checkpoint.pt, log.jsonl, front.csv and, where matplotlib is installed, front.png.
 """
@@ -14,6 +15,7 @@ import csv
 import fcntl
 import gzip
 import hashlib
+import io
 import json
 import math
 import os
@@ -66,10 +68,10 @@ RECIPES = {
     "imagenet resnet18": dict(epochs=100, tau=250),
 }  # fmt: skip
 # Flags that may change between a run and its continuation: they decide where and how fast, not what.
-FREE = {"out", "resume", "device", "data_dir", "workers", "save_minutes", "log_seconds", "download"}
+FREE = {"out", "resume", "weights", "device", "data_dir", "workers", "save_minutes", "log_seconds", "download", "compare"}
+COSTS = "flops", "params", "memory"
 
-
-FORMAT = 1  # of checkpoints
+FORMAT = 2  # of checkpoints
 PREVIOUS = "checkpoint.previous.pt"
 
 
@@ -99,15 +101,23 @@ def parse_args(argv=None):
     p.add_argument("--data", default="synthetic", choices=[k for k in RECIPES if " " not in k], help="data set")
     p.add_argument("--data-dir", type=Path, help="where the data set's files lie (imagenet: holds train/ and val/)")
     p.add_argument("--arch", choices=models.ARCHS, help=f"network {recipe}")
-    p.add_argument("--method", default="joslim", choices=["joslim", "slim", "twostage"],
-                   help="widths from Bayesian optimisation, uniform, or random and searched afterwards")
-    p.add_argument("--cost", default="flops", choices=["flops", "params", "memory"], help="what a budget limits")
+    p.add_argument("--method", default="joslim", choices=["joslim", "slim", "twostage", "alone"],
+                   help="widths from Bayesian optimisation, uniform, or random and searched afterwards; alone: no "
+                        "slimming, the network of --widths by itself")
+    p.add_argument("--cost", default="flops", choices=COSTS, help="what a budget limits")
+    p.add_argument("--widths", help="for --method alone: the widths, as front.csv writes them")
+    p.add_argument("--weights", type=Path, metavar="CHECKPOINT",
+                   help="for --method twostage or slim: do not train, find and test the front of these weights")
+    p.add_argument("--hold-widths", action="store_true",
+                   help="for --method slim or twostage: keep the drawn widths for tau steps, as joslim does")
     p.add_argument("--epochs", type=int, help=recipe)
     p.add_argument("--batch-size", type=int, help=f"images per step, all processes together {recipe}")
     p.add_argument("--lr", type=float, help=f"peak learning rate at batch 256; scaled by batch / 256 {recipe}")
     p.add_argument("--weight-decay", type=float, help=f"not on BatchNorm and biases {recipe}")
     p.add_argument("--warmup-epochs", type=float, help=f"linear warm-up {recipe}")
     p.add_argument("--label-smoothing", type=float, help=f"for the full network {recipe}")
+    p.add_argument("--accumulate", type=int, default=1, metavar="K",
+                   help="split each process's batch into K parts, one after another: less memory (default: %(default)s)")
     p.add_argument("--tau", type=int, help=f"steps between proposals {recipe}")
     p.add_argument("--num-samples", type=int, metavar="M", help=f"sub-networks per step {recipe}")
     p.add_argument("--num-prior", type=int, metavar="N0", help=f"uniform proposals before the GP's {recipe}")
@@ -121,8 +131,8 @@ def parse_args(argv=None):
     p.add_argument("--calibrate-images", type=int, help=f"training images for BatchNorm's statistics {recipe}")
     p.add_argument("--front-size", type=int, help=f"configurations tested at the end, at most {recipe}")
     p.add_argument("--image-size", type=int, help="resize images to this (default: the data's own)")
-    p.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1),
-                   help="loading processes per training process, image folders only (default: %(default)s)")
+    p.add_argument("--workers", type=int, help="loading processes per training process, image folders only (default: "
+                   "the machine's cores, divided among its training processes)")  # fmt: skip
     p.add_argument("--download", action="store_true", help="let torchvision fetch a missing CIFAR or Fashion-MNIST")
     p.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: on CUDA only)")
@@ -132,7 +142,11 @@ def parse_args(argv=None):
     p.add_argument("--save-minutes", type=float, default=10.0,
                    help="checkpoint at least this often, besides each epoch's end (default: %(default)s)")
     p.add_argument("--log-seconds", type=float, default=10.0, help="between progress lines (default: %(default)s)")
+    p.add_argument("--compare", type=Path, nargs="+", metavar="RUN",
+                   help="print a table of these finished runs' fronts and draw them (--out, default runs/compare.png)")
     args = p.parse_args(argv)
+    if args.compare:
+        return args
     args.resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun --max-restarts
     recipe = COMMON | RECIPES[args.data]
     args.arch = args.arch or recipe["arch"]
@@ -140,9 +154,11 @@ def parse_args(argv=None):
     for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.workers is None:
+        args.workers = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     args.out = args.out or Path("runs", f"{args.data}-{args.arch}-{args.method}-{args.seed}")
     for name in ("epochs", "batch_size", "tau", "num_samples", "num_prior", "held_out", "reevaluate", "eval_images",
-                 "calibrate_images", "front_size", "image_size"):  # fmt: skip
+                 "calibrate_images", "front_size", "image_size", "accumulate"):  # fmt: skip
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     for name in ("lr", "weight_decay", "warmup_epochs", "beta", "workers", "save_minutes", "log_seconds", "seed"):
@@ -152,6 +168,11 @@ def parse_args(argv=None):
         raise UserError(f"--lower must lie in (0, 1], got {args.lower}")
     if not 0 <= args.label_smoothing < 1:
         raise UserError(f"--label-smoothing must lie in [0, 1), got {args.label_smoothing}")
+    for name, methods in (("widths", ["alone"]), ("weights", ["twostage", "slim"]), ("hold_widths", ["twostage", "slim"])):
+        if getattr(args, name) and args.method not in methods:
+            raise UserError(f"--{name.replace('_', '-')} is for --method {' or '.join(methods)}, not {args.method}")
+    if args.method == "alone" and not args.widths:
+        raise UserError("--method alone needs --widths, as front.csv writes them")
     if args.data != "synthetic" and args.data_dir is None:
         raise UserError(f"--data {args.data} needs --data-dir, the folder that holds its files")
     return args
@@ -310,6 +331,10 @@ class ArrayData:
 
     def __init__(self, args, world):
         (x, y), (test_x, test_y), self.classes = load_arrays(args)
+        for images, labels in ((x, y), (test_x, test_y)):
+            if len(images) != len(labels) or len(labels) == 0 or labels.min() < 0 or labels.max() >= self.classes:
+                raise UserError(f"--data-dir: {len(images)} images have {len(labels)} labels; expected as many, each "
+                                f"from 0 to {self.classes - 1}. Are these the files of {args.data}?")  # fmt: skip
         if args.image_size != x.shape[-1]:
             x, test_x = (transforms.functional.resize(t, [args.image_size] * 2, antialias=True) for t in (x, test_x))
         self.args, self.world, self.channels, device = args, world, x.shape[1], world.device
@@ -328,16 +353,17 @@ class ArrayData:
 
     def train(self, epoch, start):
         """This process's share of the epoch's batches, from batch number `start` on."""
-        order, crop, flip = augmentation(self.args.seed, epoch, len(self.x), self.pad)
+        # On the device at once: the loop itself copies nothing there and so never waits.
+        drawn = augmentation(self.args.seed, epoch, len(self.x), self.pad)
+        order, crop, flip = (t.to(self.x.device) for t in drawn)
         size, share = self.args.image_size, self.args.batch_size // self.world.size
-        device, along = self.x.device, torch.arange(self.args.image_size)
+        along = torch.arange(size, device=self.x.device)
         for step in range(start, self.steps):
             i = order[step * self.args.batch_size + self.world.rank * share :][:share]
             columns = along.expand(share, size)
             if self.flip:
                 columns = torch.where(flip[i, None], size - 1 - columns, columns)
             rows, columns = crop[0, i, None] + along, crop[1, i, None] + columns
-            i, rows, columns = (t.to(device, non_blocking=True) for t in (i, rows, columns))
             x = self.x[i[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
             yield self.normal(x), self.y[i]
 
@@ -447,7 +473,9 @@ class FolderData:
     def held_out(self, number):
         n = self.args.eval_images
         i = range(n * number + self.world.rank, n * (number + 1), self.world.size)
-        return next(self.load(self.images, [[(-1, self.held[k % len(self.held)]) for k in i]]))
+        keys = [(-1, self.held[k % len(self.held)]) for k in i]
+        parts = [keys[k : k + 32] for k in range(0, len(keys), 32)]  # for all workers to share
+        return map(torch.cat, zip(*self.load(self.images, parts)))
 
     def batches(self, which):
         if which == "test":
@@ -527,7 +555,7 @@ def claimed(args, world):
         holds = any((args.out / name).exists() for name in ("checkpoint.pt", PREVIOUS, "front.csv"))
         if holds and not args.resume:
             raise UserError(f"--out: {args.out} already holds a run; continue it with --resume or name another")
-        log_file = open(args.out / "log.jsonl", "a")
+        log_file = open(args.out / "log.jsonl", "ab+", buffering=0)
         fcntl.flock(log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"--out: {args.out} is in use by another process") from None
@@ -536,12 +564,51 @@ def claimed(args, world):
     with log_file:
         if not args.resume:
             log_file.truncate(0)
+        elif log_file.seek(0, os.SEEK_END):  # a killed run's last line may be half a line
+            log_file.seek(-1, os.SEEK_END)
+            if log_file.read(1) != b"\n":
+                write(log_file, b"\n")
         yield log_file
+
+
+def write(log_file, line):
+    try:
+        log_file.write(line)
+    except OSError as e:
+        raise UserError(f"{log_file.name}: could not be written ({e.strerror}); the last checkpoint stands") from None
 
 
 def settings(args):
     """The settings that decide a run's numbers, as plain values."""
     return {k: v for k, v in sorted(vars(args).items()) if k not in FREE}
+
+
+def read_checkpoint(path):
+    """A checkpoint's content. Raises whatever a damaged file makes its readers raise; runs nothing in it."""
+    bad = zipfile.ZipFile(path).testzip()  # torch.load does not look at the checksums
+    if bad:
+        raise ValueError(f"{bad} is corrupt")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if state["format"] != FORMAT:
+        raise ValueError(f"its format is {state['format']}, this code's {FORMAT}")
+    return state
+
+
+def load_weights(args):
+    """The checkpoint that --weights names; its training must have left out the same held-out images."""
+    try:
+        state = read_checkpoint(args.weights)
+    except Exception as e:
+        raise UserError(f"--weights {args.weights}: {explain(e)}") from None
+    for name in ("data", "seed", "held_out", "arch", "image_size"):
+        mine, theirs = getattr(args, name), state["settings"][name]
+        if mine != theirs:
+            raise UserError(f"--weights {args.weights}: trained with --{name.replace('_', '-')} {theirs}, not {mine}")
+    return state
+
+
+def explain(e):
+    return f"not a readable checkpoint ({type(e).__name__}: {(str(e).splitlines() or [''])[0]})"
 
 
 def load_checkpoint(args):
@@ -551,14 +618,9 @@ def load_checkpoint(args):
         if not path.exists():
             continue
         try:
-            bad = zipfile.ZipFile(path).testzip()  # torch.load does not look at the checksums
-            if bad:
-                raise ValueError(f"{bad} is corrupt")
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            if state["format"] != FORMAT:
-                raise ValueError(f"its format is {state['format']}, this code's {FORMAT}")
+            state = read_checkpoint(path)
         except Exception as e:  # a damaged file can raise nearly anything
-            damage.append(f"{path}: not a readable checkpoint ({type(e).__name__}: {str(e).splitlines()[0]})")
+            damage.append(f"{path}: {explain(e)}")
             continue
         mine, theirs = settings(args), state["settings"]
         for name in sorted(mine.keys() | theirs.keys()):
@@ -584,13 +646,16 @@ class Run:
         self.args, self.world, self.log_file = args, world, log_file
         if args.amp is None:
             args.amp = world.device.type == "cuda"
-        if args.batch_size % world.size:
-            raise UserError(f"--batch-size {args.batch_size} does not divide among {world.size} processes")
-        if min(args.batch_size, args.eval_images) < 2 * world.size:
+        if args.batch_size % (world.size * args.accumulate):
+            raise UserError(f"--batch-size {args.batch_size} does not divide among {world.size} processes and "
+                            f"--accumulate {args.accumulate} parts")  # fmt: skip
+        if min(args.batch_size // args.accumulate, args.eval_images) < 2 * world.size:
             raise UserError(f"--batch-size {args.batch_size}, --eval-images {args.eval_images}: BatchNorm needs two images "
                             f"in each of {world.size} processes")  # fmt: skip
         if args.eval_images > args.held_out:
             raise UserError(f"--eval-images {args.eval_images} is more than --held-out {args.held_out}")
+        source = world.from_first(load_weights(args) if args.weights and world.rank == 0 else None)
+        args.trained_as = source and source["settings"]["method"] + " held" * source["settings"]["hold_widths"]
         state = world.from_first(load_checkpoint(args) if args.resume and world.rank == 0 else None)
         self.data = (FolderData if args.data == "imagenet" else ArrayData)(args, world)
         torch.manual_seed(args.seed)
@@ -606,13 +671,17 @@ class Run:
         self.full = getattr(self.net, args.cost)(1.0).item()
         dim, steps = self.net.num_widths, self.data.steps * args.epochs
         self.rounds = math.ceil(steps / args.tau)
-        kind = {"joslim": self.joslim, "slim": UniformWidths, "twostage": RandomWidths}[args.method]
+        kind = {"joslim": self.joslim, "twostage": RandomWidths}.get(args.method, UniformWidths)
         self.sampler = kind(dim, lower=args.lower, seed=args.seed)
         self.step, self.steps = 0, steps
         self.widths = torch.empty(0, dim, dtype=torch.float64)
-        self.seconds, self.signal = {"total": 0.0, "search": 0.0}, 0
+        self.alone = parse_widths(args.widths, self.net) if args.method == "alone" else None
+        self.seconds, self.signal = {"total": 0.0, "search": 0.0, "loading": 0.0}, 0
         if state:
             self.restore(state)
+        elif source:
+            self.net.load_state_dict(source["model"])
+            self.step = steps
         if args.resume:
             self.say(f"continuing {args.out} at step {self.step}" if state else f"no checkpoint in {args.out}: starting")
         self.began = self.saved = time.perf_counter()
@@ -629,8 +698,7 @@ class Run:
 
     def log(self, event, **values):
         if self.log_file:
-            self.log_file.write(json.dumps({"event": event, "step": self.step, **values}) + "\n")
-            self.log_file.flush()
+            write(self.log_file, json.dumps({"event": event, "step": self.step, **values}).encode() + b"\n")
 
     def say(self, text):
         if self.world.rank == 0:
@@ -647,8 +715,10 @@ class Run:
                 "optimizer": self.optimizer.state_dict(), "sampler": self.sampler.state_dict(),
                 "widths": self.widths, "seconds": self.seconds,
             }  # fmt: skip
+            raw = io.BytesIO()  # torch.save reports a full disk in many ways, a plain write in one
+            torch.save(state, raw)
             with whole(self.args.out / "checkpoint.pt", keep=self.args.out / PREVIOUS) as f:
-                torch.save(state, f)
+                f.write(raw.getbuffer())
         self.saved = time.perf_counter()
 
     def restore(self, state):
@@ -663,6 +733,17 @@ class Run:
         self.seconds["total"] += now - self.began
         self.began = now
         return self.seconds["total"]
+
+    def loading(self, batches):
+        """The batches, the time spent waiting for them counted."""
+        batches = iter(batches)
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.seconds["loading"] += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
 
     @contextmanager
     def searching(self):
@@ -686,6 +767,8 @@ class Run:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.asked_to_stop)
         self.train()
+        if args.weights and not args.resume:
+            self.save()
         with self.searching():
             candidates = self.candidates()
         rows = self.test_front(candidates)
@@ -696,17 +779,18 @@ class Run:
         args = self.args
         recent, shown, shown_step = [], time.perf_counter(), self.step
         for epoch in range(self.step // self.data.steps, args.epochs):
-            for x, y in self.data.train(epoch, self.step - epoch * self.data.steps):
-                if args.method != "joslim":
+            for x, y in self.loading(self.data.train(epoch, self.step - epoch * self.data.steps)):
+                if args.method == "joslim":
+                    if self.step % args.tau == 0:
+                        self.check(recent)
+                        with self.searching():
+                            self.round()
+                elif args.method != "alone" and not (args.hold_widths and self.step % args.tau):
                     self.widths = self.sampler.sample(args.num_samples)
-                elif self.step % args.tau == 0:
-                    self.check(recent)
-                    with self.searching():
-                        self.round()
                 for group in self.optimizer.param_groups:
                     group["lr"] = learning_rate(self.step, self.data.steps, args)
                 self.grads.zero_()
-                losses = sandwich_step(self.net, x, y, self.widths, args.lower, args.label_smoothing, args.amp)
+                losses = sum(self.sandwich(*part) for part in zip(x.chunk(args.accumulate), y.chunk(args.accumulate)))
                 self.world.mean(self.grads)
                 self.optimizer.step()
                 self.step += 1
@@ -723,6 +807,14 @@ class Run:
                     self.stop_if_asked()
             self.check(recent)
             self.save()
+
+    def sandwich(self, x, y):
+        """Adds the gradient of one part of the batch -> its share of the losses."""
+        args, share = self.args, 1 / self.args.accumulate
+        how = dict(label_smoothing=args.label_smoothing, amp=args.amp, scale=share)
+        if args.method == "alone":
+            return share * sandwich_step(self.net, x, y, [], None, teacher=self.alone, **how)
+        return share * sandwich_step(self.net, x, y, self.widths, args.lower, **how)
 
     def check(self, recent):
         """The mean of recent steps' losses, once all are known to be finite: the loop's only wait for the device."""
@@ -754,18 +846,28 @@ class Run:
     def progress(self, epoch, losses, speed):
         total, lr = self.clock(), self.optimizer.param_groups[0]["lr"]
         left = timedelta(seconds=round(total / self.step * (self.steps - self.step)))
-        share = self.seconds["search"] / total
+        search, loading = (self.seconds[part] / total for part in ("search", "loading"))
         self.say(f"epoch {epoch + 1}/{self.args.epochs}  step {self.step}/{self.steps}  loss full {losses[0]:.3f} "
-                 f"smallest {losses[-1]:.3f}  {speed:.0f} images/s  search {share:.1%}  {left} left")  # fmt: skip
-        self.log("train", epoch=epoch + 1, lr=lr, losses=losses, images_per_s=speed, seconds=total, search_share=share)
+                 f"smallest {losses[-1]:.3f}  {speed:.0f} images/s  search {search:.1%}  loading {loading:.1%}  "
+                 f"{left} left")  # fmt: skip
+        self.log("train", epoch=epoch + 1, lr=lr, losses=losses, images_per_s=speed, seconds=total,
+                 search_share=search, loading_share=loading)  # fmt: skip
 
     def round(self):
         """Re-evaluates the history, then proposes: on process 0, for all."""
         if self.sampler.ready:
             x, y = self.data.held_out(self.step // self.args.tau)
             due = self.sampler.due(self.args.reevaluate)
-            losses = evaluate(self.net, self.sampler.widths[due], x, y, self.args.amp)
-            self.sampler.observe(self.world.mean(losses), due)
+            losses = self.world.mean(evaluate(self.net, self.sampler.widths[due], x, y, self.args.amp))
+            self.sampler.observe(losses, due)
+            bad = due[~losses.isfinite().cpu()]
+            if len(bad):
+                self.say(f"step {self.step}: the held-out loss of {len(bad)} configurations is not finite; "
+                         "the GP goes without them")  # fmt: skip
+                self.log("not finite", widths=self.sampler.widths[bad].tolist())
+            if not self.sampler.losses.isfinite().any():
+                raise Diverged(f"step {self.step}: no configuration's held-out loss is finite; the last checkpoint "
+                               "stands. Try a smaller --lr")  # fmt: skip
         if self.world.rank == 0:
             self.widths = self.sampler.sample(self.args.num_samples)
         state, self.widths = self.world.from_first((self.sampler.state_dict(), self.widths))
@@ -779,6 +881,8 @@ class Run:
         line = torch.linspace(args.lower, 1, args.front_size, dtype=torch.float64)[:, None].expand(-1, dim)
         if args.method == "slim":
             return line
+        if args.method == "alone":
+            return self.alone[None]
         sampler = self.search() if args.method == "twostage" else self.sampler
         near = shortlist(sampler.losses, self.cost(sampler.widths), args.front_size)
         return torch.cat([line[[0, -1]], sampler.widths[near]])  # the two trained at every step, in any case
@@ -850,19 +954,29 @@ class Run:
             return
         with whole(args.out / "front.csv", "w") as f:
             table = csv.writer(f)
-            table.writerow(["flops", "params", "memory", "loss", "top1", "top5", "widths"])
+            table.writerow([*COSTS, "loss", "top1", "top5", "widths"])
             for *values, a in rows:
                 table.writerow([*values, " ".join(f"{w:.6g}" for w in a)])
-        full = [getattr(self.net, c)(1.0).item() for c in ("flops", "params", "memory")]
+        full = [getattr(self.net, c)(1.0).item() for c in COSTS]
         print("\n   MFLOPs        %   params M        %  memory MB        %    loss   top-1   top-5")
         for flops, params, memory, loss, top1, top5, _ in rows:
             cells = zip((flops, params, memory), full, (1e6, 1e6, 1e6), (9, 11, 11))
             print("".join(f"{v / unit:{w}.3f} {v / whole_net:8.1%}" for v, whole_net, unit, w in cells)
                   + f" {loss:7.4f} {top1:7.2f} {top5:7.2f}")  # fmt: skip
-        picture = plot(args, rows, full[("flops", "params", "memory").index(args.cost)])
+        picture = plot(args, rows, full[COSTS.index(args.cost)])
         total = timedelta(seconds=round(self.seconds["total"]))
         print(f"{total} in all, {share:.1%} of it for the width search; see {args.out}/ for checkpoint.pt, log.jsonl, "
               f"front.csv{' and front.png' if picture else ''}")  # fmt: skip
+
+
+def parse_widths(text, net):
+    """The widths that --widths gives -> (d,), float64."""
+    try:
+        widths = torch.tensor([float(w) for w in text.split()], dtype=torch.float64)
+        net.set_widths(widths)
+    except ValueError as e:
+        raise UserError(f"--widths: {e}") from None
+    return widths
 
 
 def thin(front, cost, size):
@@ -879,7 +993,7 @@ def plot(args, rows, full):
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    column = ("flops", "params", "memory").index(args.cost)
+    column = COSTS.index(args.cost)
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axes = figure.add_subplot(xlabel=f"{args.cost} (% of the full network)", ylabel="test top-1 (%)")
     axes.plot([100 * r[column] / full for r in rows], [r[4] for r in rows], "o-")
@@ -890,9 +1004,121 @@ def plot(args, rows, full):
     return True
 
 
+# ------------------------------------------------------------------------------ several runs
+
+
+def read_run(folder):
+    """A finished run's settings and front: (k, 5) columns flops, params, memory, test loss, top-1."""
+    try:
+        with open(folder / "log.jsonl") as f:
+            found = [json.loads(line) for line in f if line.startswith('{"event": "settings"')][-1]
+        with open(folder / "front.csv", newline="") as f:
+            rows = [[float(row[c]) for c in (*COSTS, "loss", "top1")] for row in csv.DictReader(f)]
+        return found, torch.tensor(rows, dtype=torch.float64)
+    except (OSError, ValueError, KeyError, IndexError) as e:
+        raise UserError(f"--compare: {folder} holds no finished run ({type(e).__name__}: {e})") from None
+
+
+def compare(folders, picture):
+    """Prints the mean over budgets of each kind of run, seeds together, beside the first kind's; draws the fronts.
+
+    Each budget takes the costliest front point within it: the one of least held-out loss, so that
+    nothing is chosen by test accuracy. Runs that differ in seed only are one kind.
+    """
+    runs = [read_run(Path(f)) for f in folders]
+    settings, fronts = zip(*runs)
+    for name in ("data", "arch", "image_size"):
+        if len({s[name] for s in settings}) > 1:
+            raise UserError(f"--compare: the runs differ in --{name.replace('_', '-')}")
+    slimmable = [f for s, f in runs if s["method"] != "alone"]
+    if not slimmable:
+        raise UserError("--compare: at least one run must not be of --method alone")
+    full = torch.stack([f[-1] for f in slimmable]).amax(0)
+    apart = {"event", "step", "seed", "cost", "method", "widths", "torch"}
+    names = sorted(k for k in set().union(*settings) - apart if len({str(s.get(k)) for s in settings}) > 1)
+
+    def kind(s):
+        return " ".join([s["method"], *(f"{k}={s[k]}" for k in names if s.get(k))])
+
+    panels = []
+    for column, cost in enumerate(COSTS):
+        # The uniform line is the same whatever the cost.
+        mine = [(s, f) for s, f in runs if s["method"] in ("slim", "alone") or s["cost"] == cost]
+        if not any(s["cost"] == cost for s in settings):
+            continue
+        lines = [(s, f) for s, f in mine if s["method"] != "alone"]
+        low = max(f[0, column] for _, f in lines) / full[column]
+        budgets = torch.linspace(low, 1, 200, dtype=torch.float64)
+
+        def within(front, budgets):  # (k, 5) -> test loss and top-1 at each budget
+            at = torch.searchsorted(front[:, column] / full[column], budgets + 1e-9) - 1  # noqa: B023
+            return front[at.clamp_min(0), 3:]
+
+        kinds = {}
+        for s, f in lines:
+            kinds.setdefault(kind(s), {})[s["seed"]] = f
+        marks = torch.tensor([0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
+        scores = {k: {seed: torch.cat([within(f, budgets).mean(0), within(f, marks)[:, 1]]) for seed, f in by.items()}
+                  for k, by in kinds.items()}  # fmt: skip
+        print(f"\n{cost}: test loss and top-1, mean over budgets from {low:.1%} to 100 %, then top-1 at 25, 50, 75, 100 %; "
+              "mean and standard deviation over seeds")  # fmt: skip
+        first = next(iter(scores))
+        for k, by in scores.items():
+            print(f"  {k:32} {spread_of(by.values())}  seeds {' '.join(map(str, sorted(by)))}")
+        for k, by in scores.items():
+            both = sorted(by.keys() & scores[first].keys())
+            if k != first and both:
+                gaps = [scores[first][seed] - by[seed] for seed in both]
+                each = " ".join(f"{g[1]:+.2f}" for g in gaps)
+                print(f"  {first + ' - ' + k:32} {spread_of(gaps, '+')}  top-1 by seed {each}")
+        for s, f in mine:
+            if s["method"] == "alone":
+                share = f[0, column] / full[column]
+                there = {k: by[s["seed"]] for k, by in kinds.items() if s["seed"] in by}
+                beside = ", ".join(f"{k} {within(g, share[None])[0, 1]:.2f}" for k, g in there.items())
+                print(f"  alone at {share:.1%}, seed {s['seed']}: top-1 {f[0, 4]:.2f}; at that budget {beside}")
+        panels.append((cost, budgets, {k: torch.stack([within(f, budgets)[:, 1] for f in by.values()]) for k, by in kinds.items()},
+                       [(f[0, column] / full[column], f[0, 4]) for s, f in mine if s["method"] == "alone"]))  # fmt: skip
+    if draw(panels, picture):
+        print(f"\n{picture}: lines are means over seeds, bands their range; crosses are networks trained alone")
+
+
+def spread_of(rows, sign=""):
+    """Mean and standard deviation of (6,) rows, as text."""
+    rows = torch.stack(list(rows))
+    deviation = rows.std(0) if len(rows) > 1 else torch.full_like(rows[0], math.nan)
+    digits = (4, 2, 2, 2, 2, 2)
+    return "  ".join(f"{m:{sign}.{n}f} ± {d:.{n}f}" for m, d, n in zip(rows.mean(0).tolist(), deviation.tolist(), digits))
+
+
+def draw(panels, path):
+    """The fronts of `compare`, a panel per cost. False where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(5 * len(panels), 3.8), layout="constrained")
+    for number, (cost, budgets, kinds, alone) in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), number + 1, xlabel=f"{cost} budget (% of the full network)",
+                                  ylabel="test top-1 (%)")  # fmt: skip
+        for k, top1 in kinds.items():
+            axes.plot(100 * budgets, top1.mean(0), label=k)
+            axes.fill_between(100 * budgets, top1.amin(0), top1.amax(0), alpha=0.15)
+        axes.plot([100 * share for share, _ in alone], [top1 for _, top1 in alone], "kx")
+        axes.legend()
+        axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as f:
+        figure.savefig(f, dpi=150, format="png")
+    return True
+
+
 def main(argv=None):
     try:
         args = parse_args(argv)
+        if args.compare:
+            compare(args.compare, args.out or Path("runs", "compare.png"))
+            return 0
         world = World(args.device)
         with claimed(args, world) as log_file:
             Run(args, world, log_file).main()
