@@ -787,14 +787,7 @@ class Run:
                             self.round()
                 elif args.method != "alone" and not (args.hold_widths and self.step % args.tau):
                     self.widths = self.sampler.sample(args.num_samples)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = learning_rate(self.step, self.data.steps, args)
-                self.grads.zero_()
-                losses = sum(self.sandwich(*part) for part in zip(x.chunk(args.accumulate), y.chunk(args.accumulate)))
-                self.world.mean(self.grads)
-                self.optimizer.step()
-                self.step += 1
-
+                losses = self.update(x, y)
                 recent.append((self.step, self.widths, losses))
                 now = time.perf_counter()
                 if now - shown > args.log_seconds or self.step == self.steps:
@@ -808,13 +801,21 @@ class Run:
             self.check(recent)
             self.save()
 
-    def sandwich(self, x, y):
-        """Adds the gradient of one part of the batch -> its share of the losses."""
-        args, share = self.args, 1 / self.args.accumulate
-        how = dict(label_smoothing=args.label_smoothing, amp=args.amp, scale=share)
-        if args.method == "alone":
-            return share * sandwich_step(self.net, x, y, [], None, teacher=self.alone, **how)
-        return share * sandwich_step(self.net, x, y, self.widths, args.lower, **how)
+    def update(self, x, y):
+        """One step of the optimiser -> this process's losses (full, widths, smallest), on the device."""
+        args = self.args
+        passes = (self.widths, args.lower) if args.method != "alone" else ([], None)
+        how = dict(label_smoothing=args.label_smoothing, amp=args.amp, scale=1 / args.accumulate,
+                   teacher=1.0 if args.method != "alone" else self.alone)  # fmt: skip
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.data.steps, args)
+        self.grads.zero_()
+        parts = zip(x.chunk(args.accumulate), y.chunk(args.accumulate))
+        losses = [sandwich_step(self.net, *part, *passes, **how) for part in parts]
+        self.world.mean(self.grads)
+        self.optimizer.step()
+        self.step += 1
+        return torch.stack(losses).mean(0)
 
     def check(self, recent):
         """The mean of recent steps' losses, once all are known to be finite: the loop's only wait for the device."""
