@@ -8,6 +8,7 @@ closed forms, dense algebra, finite differences, brute force.
 import csv
 import fcntl
 import gzip
+import itertools
 import json
 import os
 import pickle
@@ -644,6 +645,26 @@ def test_sandwich_gradient_is_the_sum():
     torch.testing.assert_close(losses.tolist(), expected)
     for name, p in net.named_parameters():
         torch.testing.assert_close(p.grad, total[name], rtol=1e-6, atol=1e-8)
+
+
+def peak_bytes(fn):
+    """The most memory that fn() holds at one time, as torch's profiler sees it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        fn()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+@pytest.mark.parametrize("arch, size", [("resnet20", 32), ("mbv2", 64)])
+def test_a_joint_step_needs_the_memory_of_the_full_networks(arch, size):
+    """Each pass is freed before the next: at most 1.15 times the plain full network's own training step."""
+    net = models.build(arch, 10, size)
+    x, y = torch.randn(16, 3, size, size), torch.randint(10, (16,))
+    plain = net.extract(1.0)
+    train.flatten(net), train.flatten(plain)
+    ours = peak_bytes(lambda: joslim.sandwich_step(net, x, y, [widths_for(net, s, LOWER) for s in range(2)]))
+    theirs = peak_bytes(lambda: F.cross_entropy(plain(x), y).backward())
+    assert 10 * x.numel() * 4 < theirs and ours <= 1.15 * theirs
 
 
 def test_training_leaves_running_statistics_and_evaluation_everything():

@@ -42,7 +42,7 @@ from joslim import calibrate_bn, evaluate, pareto_front, sandwich_step, shortlis
 # lr is for a batch of 256 and scales with --batch-size.
 COMMON = dict(
     num_samples=2, num_prior=20, beta=0.1, lower=0.42, warmup_epochs=5.0, label_smoothing=0.0,
-    reevaluate=200, eval_images=1024, calibrate_images=2048, front_size=20,
+    reevaluate=200, eval_images=1024, calibrate_images=2048, candidates=60, front_size=20,
 )  # fmt: skip
 CIFAR = dict(
     arch="resnet56", epochs=200, batch_size=128, lr=0.1, weight_decay=5e-4, tau=235, held_out=5000,
@@ -55,12 +55,12 @@ IMAGENET = dict(
 RECIPES = {
     "synthetic": dict(
         arch="resnet8", epochs=2, batch_size=64, lr=0.15, weight_decay=5e-4, tau=16, held_out=512, image_size=32,
-        warmup_epochs=0.5, reevaluate=12, eval_images=128, calibrate_images=512, front_size=12,
+        warmup_epochs=0.5, reevaluate=12, eval_images=128, calibrate_images=512, candidates=12, front_size=12,
     ),
     "synthetic mbv2": dict(batch_size=128, lr=0.03, tau=8),
     "fashion-mnist": dict(
         arch="resnet8", epochs=4, batch_size=32, lr=0.5, weight_decay=5e-4, tau=150, held_out=2500, image_size=28,
-        num_samples=1, warmup_epochs=0.2, reevaluate=20, eval_images=250, calibrate_images=1024, front_size=16,
+        num_samples=1, warmup_epochs=0.2, reevaluate=20, eval_images=250, calibrate_images=1024, candidates=16, front_size=16,
     ),
     "cifar10": CIFAR,
     "cifar100": CIFAR,
@@ -120,6 +120,8 @@ def parse_args(argv=None):
                    help="split each process's batch into K parts, one after another: less memory (default: %(default)s)")
     p.add_argument("--tau", type=int, help=f"steps between proposals {recipe}")
     p.add_argument("--num-samples", type=int, metavar="M", help=f"sub-networks per step {recipe}")
+    p.add_argument("--proposals", type=int, metavar="P",
+                   help="configurations proposed per round, at which the steps take turns, M at a time (default: M)")
     p.add_argument("--num-prior", type=int, metavar="N0", help=f"uniform proposals before the GP's {recipe}")
     p.add_argument("--beta", type=float, help=f"variance's weight in the acquisition {recipe}")
     p.add_argument("--lower", type=float, metavar="W0", help=f"smallest width multiplier {recipe}")
@@ -129,6 +131,8 @@ def parse_args(argv=None):
                    help=f"renew the losses of about K configurations per round, those nearest the front {recipe}")
     p.add_argument("--eval-images", type=int, help=f"held-out images per re-evaluation {recipe}")
     p.add_argument("--calibrate-images", type=int, help=f"training images for BatchNorm's statistics {recipe}")
+    p.add_argument("--candidates", type=int,
+                   help=f"configurations judged on the whole held-out split at the end, those nearest the front {recipe}")
     p.add_argument("--front-size", type=int, help=f"configurations tested at the end, at most {recipe}")
     p.add_argument("--image-size", type=int, help="resize images to this (default: the data's own)")
     p.add_argument("--workers", type=int, help="loading processes per training process, image folders only (default: "
@@ -156,9 +160,11 @@ def parse_args(argv=None):
             setattr(args, name, value)
     if args.workers is None:
         args.workers = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    args.proposals = args.num_samples if args.proposals is None else args.proposals
     args.out = args.out or Path("runs", f"{args.data}-{args.arch}-{args.method}-{args.seed}")
     for name in ("epochs", "batch_size", "tau", "num_samples", "num_prior", "held_out", "reevaluate", "eval_images",
-                 "calibrate_images", "front_size", "image_size", "accumulate"):  # fmt: skip
+                 "calibrate_images", "front_size", "image_size", "accumulate", "proposals",
+                 "candidates"):  # fmt: skip
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     for name in ("lr", "weight_decay", "warmup_epochs", "beta", "workers", "save_minutes", "log_seconds", "seed"):
@@ -785,10 +791,14 @@ class Run:
                         self.check(recent)
                         with self.searching():
                             self.round()
-                elif args.method != "alone" and not (args.hold_widths and self.step % args.tau):
+                elif args.hold_widths:
+                    if self.step % args.tau == 0:
+                        self.widths = self.sampler.sample(args.proposals)
+                elif args.method != "alone":
                     self.widths = self.sampler.sample(args.num_samples)
-                losses = self.update(x, y)
-                recent.append((self.step, self.widths, losses))
+                widths = self.turn()
+                losses = self.update(x, y, widths)
+                recent.append((self.step, widths, losses))
                 now = time.perf_counter()
                 if now - shown > args.log_seconds or self.step == self.steps:
                     losses = self.check(recent)
@@ -801,10 +811,15 @@ class Run:
             self.check(recent)
             self.save()
 
-    def update(self, x, y):
+    def turn(self):
+        """The M of the round's proposals that are trained at this step."""
+        first = self.step * self.args.num_samples
+        return [self.widths[(first + i) % len(self.widths)] for i in range(self.args.num_samples) if len(self.widths)]
+
+    def update(self, x, y, widths):
         """One step of the optimiser -> this process's losses (full, widths, smallest), on the device."""
         args = self.args
-        passes = (self.widths, args.lower) if args.method != "alone" else ([], None)
+        passes = (widths, args.lower) if args.method != "alone" else ([], None)
         how = dict(label_smoothing=args.label_smoothing, amp=args.amp, scale=1 / args.accumulate,
                    teacher=1.0 if args.method != "alone" else self.alone)  # fmt: skip
         for group in self.optimizer.param_groups:
@@ -870,7 +885,7 @@ class Run:
                 raise Diverged(f"step {self.step}: no configuration's held-out loss is finite; the last checkpoint "
                                "stands. Try a smaller --lr")  # fmt: skip
         if self.world.rank == 0:
-            self.widths = self.sampler.sample(self.args.num_samples)
+            self.widths = self.sampler.sample(self.args.proposals)
         state, self.widths = self.world.from_first((self.sampler.state_dict(), self.widths))
         self.sampler.load_state_dict(state)
         self.log("round", configurations=len(self.sampler.widths), cost=self.cost(self.widths).tolist(),
@@ -885,7 +900,7 @@ class Run:
         if args.method == "alone":
             return self.alone[None]
         sampler = self.search() if args.method == "twostage" else self.sampler
-        near = shortlist(sampler.losses, self.cost(sampler.widths), args.front_size)
+        near = shortlist(sampler.losses, self.cost(sampler.widths), args.candidates)
         return torch.cat([line[[0, -1]], sampler.widths[near]])  # the two trained at every step, in any case
 
     def search(self):
@@ -893,11 +908,11 @@ class Run:
         args, world = self.args, self.world
         sampler = self.joslim(self.net.num_widths, args.lower, args.seed)
         x, y = self.data.held_out(0)
-        while len(sampler.widths) < args.num_samples * self.rounds:
+        while len(sampler.widths) < args.proposals * self.rounds:
             new = sampler.losses.isnan().nonzero()[:, 0]  # the others' losses cannot have changed
             sampler.observe(world.mean(evaluate(self.net, sampler.widths[new], x, y, args.amp)), new)
             if world.rank == 0:
-                sampler.sample(args.num_samples)
+                sampler.sample(args.proposals)
             sampler.load_state_dict(world.from_first(sampler.state_dict()))
         return sampler
 
@@ -912,8 +927,11 @@ class Run:
         cost = self.cost(candidates)
         with self.searching():
             loss = self.world.spread(candidates, 1, held_out_loss)[:, 0]
+        held = loss.clone()
         loss[cost.argmax()] = -torch.inf  # the full network ends the front, whatever the noise says
-        front = candidates[thin(pareto_front(loss, cost), cost, args.front_size)]
+        chosen = thin(pareto_front(loss, cost), cost, args.front_size)
+        self.log("front", cost=cost[chosen].tolist(), held_out_loss=held[chosen].tolist(), candidates=len(loss))
+        front = candidates[chosen]
         self.say(f"testing {len(front)} configurations of the front")
         tested = self.world.spread(front, 3, self.test)
         columns = [f(front).tolist() for f in (net.flops, net.params, net.memory)]
