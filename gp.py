@@ -170,7 +170,7 @@ def chebyshev(objectives: Tensor, weights: Tensor, ideal: Tensor | float = 0.0, 
     the augmentation keeps weakly optimal ones out (Steuer & Choo 1983; Joslim, section 3).
     """
     if objectives.shape[-1:] != weights.shape[-1:]:
-        raise ValueError(f"weights: expected {tuple(objectives.shape[-1:])} in the last place, got {tuple(weights.shape)}")
+        raise ValueError(f"weights: expected (..., {objectives.shape[-1]}), got {tuple(weights.shape)}")
     gap = weights * (objectives - ideal)
     return gap.amax(-1) + rho * gap.sum(-1)
 
@@ -289,7 +289,8 @@ def main():
             start = time.perf_counter()
             propose(x, noisy(x), hyper)
             seconds.append((time.perf_counter() - start) / batch)
-        print(f"n {n:5d}: {sorted(seconds)[1]:.3f} s per proposal (median of 3 rounds of {batch}, {min(seconds):.3f} to {max(seconds):.3f})")
+        print(f"n {n:5d}: {sorted(seconds)[1]:.3f} s per proposal (median of 3 rounds of {batch}, "
+              f"{min(seconds):.3f} to {max(seconds):.3f})")  # fmt: skip
 
 
 if __name__ == "__main__":

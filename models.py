@@ -494,7 +494,7 @@ def main():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     runs = 9
-    print(f"\nforward and backward, batch of 64, {where}, torch {torch.__version__}; median of {runs}, quartiles of the ratio")
+    print(f"\nforward and backward, batch of 64, {where}, torch {torch.__version__}; median of {runs}, quartiles of ratio")
 
     def seconds(m, x, y):
         start = time.perf_counter()

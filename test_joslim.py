@@ -21,6 +21,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -493,8 +494,25 @@ def test_partly_renewed_losses():
     sampler.widths = torch.tensor([[0.5, 0.5], [0.6, 0.6], [0.7, 0.7], [0.8, 0.8]]).double()
     sampler.losses = torch.tensor([4.0, 5.0, 2.0, torch.nan]).double()
     assert sorted(sampler.due(3).tolist()) == [0, 2, 3]  # the front and the unknown; 1 is dominated
-    sampler.observe(torch.tensor([3.0, 1.5, 1.0]), torch.tensor([0, 2, 3]))
+    sampler.observe(torch.tensor([3.0, 1.5, 1.0]), torch.tensor([0, 2, 3]))  # two known before: a shift
     assert sampler.losses.tolist() == [3.0, 5.0 - 0.75, 1.5, 1.0]
+
+
+def test_stale_losses_follow_the_renewed_ones():
+    """Against numpy's least squares; losses that spread out again leave the others' spread alone."""
+    g = torch.Generator().manual_seed(0)
+    old, noise = torch.rand(20, generator=g).double(), torch.randn(12, generator=g).double()
+    where = torch.randperm(20, generator=g)[:12]
+    stale = torch.ones(20, dtype=torch.bool)
+    stale[where] = False
+    for slope, expected in ((0.4, None), (3.0, 1.0), (-0.5, 0.0)):
+        sampler = joslim.Joslim(2, lambda a, relaxed=False: a.mean(-1), num_prior=1)
+        sampler.widths, sampler.losses = torch.rand(20, 2, generator=g).double(), old.clone()
+        new = 0.1 + slope * old[where] + 0.01 * noise
+        sampler.observe(new, where)
+        fit = np.polyfit(old[where], new, 1)[0] if expected is None else expected
+        torch.testing.assert_close(sampler.losses[stale], new.mean() + fit * (old[stale] - old[where].mean()))
+        assert torch.equal(sampler.losses[where], new)
 
 
 def test_same_state_same_proposals():
@@ -1169,6 +1187,32 @@ def test_damaged_checkpoints(how, tiny, tmp_path, capsys):
     assert train.main([*flags, "--out", str(tmp_path / "hurt"), "--resume"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert (tmp_path / "hurt" / "checkpoint.pt").read_bytes() == before
+
+
+def test_checkpoints_of_something_else(tmp_path, capsys):
+    """Of an older format, of another network, of other data: one line, and nothing is touched."""
+    root = write_data("imagenet", tmp_path / "i")
+    flags = [*SMALL, "--data", "imagenet", "--data-dir", str(root), "--arch", "resnet8", "--image-size", "16",
+             "--workers", "0", "--epochs", "1", "--out", str(tmp_path / "run"), "--resume"]  # fmt: skip
+    assert train.main(flags) == 0
+    path = tmp_path / "run" / "checkpoint.pt"
+    good = torch.load(path, weights_only=True)
+
+    def refused(word, *more):
+        before = path.read_bytes()
+        capsys.readouterr()
+        assert train.main([*flags, *more]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and word in err and path.read_bytes() == before, err
+
+    refused("--arch resnet8, this one mbv2", "--arch", "mbv2")
+    for s in ("train", "val"):
+        shutil.copytree(root / s / "cat", root / s / "cow")
+    refused("'num_classes': 3")
+    torch.save(good | {"format": 0}, path)
+    refused("its format is 0")
+    torch.save({"model": good["model"]}, path)
+    refused("not a readable checkpoint (KeyError")
 
 
 def test_divergence_stops_before_the_checkpoint(tiny, tmp_path, capsys):

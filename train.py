@@ -69,6 +69,7 @@ RECIPES = {
 }  # fmt: skip
 # Flags that may change between a run and its continuation: they decide where and how fast, not what.
 FREE = {"out", "resume", "weights", "device", "data_dir", "workers", "save_minutes", "log_seconds", "download", "compare"}
+
 COSTS = "flops", "params", "memory"
 
 FORMAT = 2  # of checkpoints
@@ -163,8 +164,7 @@ def parse_args(argv=None):
     args.proposals = args.num_samples if args.proposals is None else args.proposals
     args.out = args.out or Path("runs", f"{args.data}-{args.arch}-{args.method}-{args.seed}")
     for name in ("epochs", "batch_size", "tau", "num_samples", "num_prior", "held_out", "reevaluate", "eval_images",
-                 "calibrate_images", "front_size", "image_size", "accumulate", "proposals",
-                 "candidates"):  # fmt: skip
+                 "calibrate_images", "front_size", "image_size", "accumulate", "proposals", "candidates"):  # fmt: skip
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     for name in ("lr", "weight_decay", "warmup_epochs", "beta", "workers", "save_minutes", "log_seconds", "seed"):
@@ -667,6 +667,9 @@ class Run:
         torch.manual_seed(args.seed)
         self.network = dict(arch=args.arch, num_classes=self.data.classes, image_size=args.image_size,
                             in_channels=self.data.channels)  # fmt: skip
+        for path, other in ((args.out / "checkpoint.pt", state), (args.weights, source)):
+            if other and other["network"] != self.network:
+                raise UserError(f"{path}: its network has {other['network']}, these data need {self.network}")
         self.net = models.build(**self.network)
         layout = torch.channels_last if world.device.type == "cuda" else torch.contiguous_format
         self.net.to(world.device, memory_format=layout).train()
@@ -717,9 +720,9 @@ class Run:
         self.clock()
         if self.world.rank == 0:
             state = {
-                "format": FORMAT, "settings": settings(self.args), "network": self.network, "step": self.step, "model": self.net.state_dict(),
-                "optimizer": self.optimizer.state_dict(), "sampler": self.sampler.state_dict(),
-                "widths": self.widths, "seconds": self.seconds,
+                "format": FORMAT, "settings": settings(self.args), "network": self.network, "step": self.step,
+                "model": self.net.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "sampler": self.sampler.state_dict(), "widths": self.widths, "seconds": self.seconds,
             }  # fmt: skip
             raw = io.BytesIO()  # torch.save reports a full disk in many ways, a plain write in one
             torch.save(state, raw)
@@ -927,10 +930,10 @@ class Run:
         cost = self.cost(candidates)
         with self.searching():
             loss = self.world.spread(candidates, 1, held_out_loss)[:, 0]
-        held = loss.clone()
-        loss[cost.argmax()] = -torch.inf  # the full network ends the front, whatever the noise says
-        chosen = thin(pareto_front(loss, cost), cost, args.front_size)
-        self.log("front", cost=cost[chosen].tolist(), held_out_loss=held[chosen].tolist(), candidates=len(loss))
+        ranked = loss.clone()
+        ranked[cost.argmax()] = -torch.inf  # the full network ends the front, whatever the noise says
+        chosen = thin(pareto_front(ranked, cost), cost, args.front_size)
+        self.log("front", cost=cost[chosen].tolist(), held_out_loss=loss[chosen].tolist(), candidates=len(loss))
         front = candidates[chosen]
         self.say(f"testing {len(front)} configurations of the front")
         tested = self.world.spread(front, 3, self.test)
