@@ -1032,7 +1032,7 @@ def test_weights_searched_afterwards_and_networks_alone(tiny, tmp_path, capsys):
         mean = (means[kind + "0"] + means[kind + "1"]) / 2
         (line,) = [line for line in text.splitlines() if line.split()[:1] == [kind] and "seeds 0 1" in line]
         assert float(line.split()[4]) == pytest.approx(mean, abs=0.011)
-    assert "twostage trained_as=slim" in text and f"top-1 {float(alone['top1']):.2f}" in text
+    assert "twostage of slim's weights" in text and f"top-1 {float(alone['top1']):.2f}" in text
     assert train.main(["--compare", out("joslim0"), out("nowhere")]) == 2 and "nowhere" in capsys.readouterr().err
 
 

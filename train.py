@@ -1042,75 +1042,81 @@ def read_run(folder):
 
 
 def compare(folders, picture):
-    """Prints the mean over budgets of each kind of run, seeds together, beside the first kind's; draws the fronts.
+    """Prints the mean over budgets of each kind of run, and the first kind's lead over each; draws the fronts.
 
     Each budget takes the costliest front point within it: the one of least held-out loss, so that
     nothing is chosen by test accuracy. Runs that differ in seed only are one kind.
     """
     runs = [read_run(Path(f)) for f in folders]
-    settings, fronts = zip(*runs)
+    settings = [s for s, _ in runs]
     for name in ("data", "arch", "image_size"):
         if len({s[name] for s in settings}) > 1:
             raise UserError(f"--compare: the runs differ in --{name.replace('_', '-')}")
-    slimmable = [f for s, f in runs if s["method"] != "alone"]
-    if not slimmable:
+    fronts = [front for s, front in runs if s["method"] != "alone"]
+    if not fronts:
         raise UserError("--compare: at least one run must not be of --method alone")
-    full = torch.stack([f[-1] for f in slimmable]).amax(0)
-    apart = {"event", "step", "seed", "cost", "method", "widths", "torch"}
-    names = sorted(k for k in set().union(*settings) - apart if len({str(s.get(k)) for s in settings}) > 1)
+    full = torch.stack([front[-1] for front in fronts]).amax(0)
+    known = {"event", "step", "seed", "cost", "method", "trained_as", "widths", "torch"}
+    varied = sorted(k for k in set().union(*settings) - known if len({str(s.get(k)) for s in settings}) > 1)
 
     def kind(s):
-        return " ".join([s["method"], *(f"{k}={s[k]}" for k in names if s.get(k))])
+        source = [] if s["trained_as"] in (None, s["method"]) else [f"of {s['trained_as']}'s weights"]
+        return " ".join([s["method"], *source, *(f"{k}={s[k]}" for k in varied if s.get(k))])
 
     panels = []
     for column, cost in enumerate(COSTS):
-        # The uniform line is the same whatever the cost.
-        mine = [(s, f) for s, f in runs if s["method"] in ("slim", "alone") or s["cost"] == cost]
         if not any(s["cost"] == cost for s in settings):
             continue
-        lines = [(s, f) for s, f in mine if s["method"] != "alone"]
-        low = max(f[0, column] for _, f in lines) / full[column]
-        budgets = torch.linspace(low, 1, 200, dtype=torch.float64)
-
-        def within(front, budgets):  # (k, 5) -> test loss and top-1 at each budget
-            at = torch.searchsorted(front[:, column] / full[column], budgets + 1e-9) - 1  # noqa: B023
-            return front[at.clamp_min(0), 3:]
-
-        kinds = {}
-        for s, f in lines:
-            kinds.setdefault(kind(s), {})[s["seed"]] = f
-        marks = torch.tensor([0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
-        scores = {k: {seed: torch.cat([within(f, budgets).mean(0), within(f, marks)[:, 1]]) for seed, f in by.items()}
-                  for k, by in kinds.items()}  # fmt: skip
-        print(f"\n{cost}: test loss and top-1, mean over budgets from {low:.1%} to 100 %, then top-1 at 25, 50, 75, 100 %; "
-              "mean and standard deviation over seeds")  # fmt: skip
-        first = next(iter(scores))
-        for k, by in scores.items():
-            print(f"  {k:32} {spread_of(by.values())}  seeds {' '.join(map(str, sorted(by)))}")
-        for k, by in scores.items():
-            both = sorted(by.keys() & scores[first].keys())
-            if k != first and both:
-                gaps = [scores[first][seed] - by[seed] for seed in both]
-                each = " ".join(f"{g[1]:+.2f}" for g in gaps)
-                print(f"  {first + ' - ' + k:32} {spread_of(gaps, '+')}  top-1 by seed {each}")
-        for s, f in mine:
+        kinds, alone = {}, []
+        for s, front in runs:
+            front = front.clone()
+            front[:, column] /= full[column]
             if s["method"] == "alone":
-                share = f[0, column] / full[column]
-                there = {k: by[s["seed"]] for k, by in kinds.items() if s["seed"] in by}
-                beside = ", ".join(f"{k} {within(g, share[None])[0, 1]:.2f}" for k, g in there.items())
-                print(f"  alone at {share:.1%}, seed {s['seed']}: top-1 {f[0, 4]:.2f}; at that budget {beside}")
-        panels.append((cost, budgets, {k: torch.stack([within(f, budgets)[:, 1] for f in by.values()]) for k, by in kinds.items()},
-                       [(f[0, column] / full[column], f[0, 4]) for s, f in mine if s["method"] == "alone"]))  # fmt: skip
+                alone.append((s["seed"], front[0, column], front[0, 4]))
+            elif s["method"] == "slim" or s["cost"] == cost:  # the uniform line is the same whatever the cost
+                if s["seed"] in kinds.setdefault(kind(s), {}):
+                    raise UserError(f"--compare: two runs are of {kind(s)}, seed {s['seed']}")
+                kinds[kind(s)][s["seed"]] = front
+        panels.append((cost, *tabulate(cost, column, kinds, alone)))
     if draw(panels, picture):
         print(f"\n{picture}: lines are means over seeds, bands their range; crosses are networks trained alone")
 
 
-def spread_of(rows, sign=""):
-    """Mean and standard deviation of (6,) rows, as text."""
-    rows = torch.stack(list(rows))
-    deviation = rows.std(0) if len(rows) > 1 else torch.full_like(rows[0], math.nan)
-    digits = (4, 2, 2, 2, 2, 2)
-    return "  ".join(f"{m:{sign}.{n}f} ± {d:.{n}f}" for m, d, n in zip(rows.mean(0).tolist(), deviation.tolist(), digits))
+def tabulate(cost, column, kinds, alone):
+    """The table of one cost. kinds: name -> seed -> front, `column` being its share of the full network's cost."""
+
+    def within(front, budgets):  # test loss and top-1 at each budget
+        at = torch.searchsorted(front[:, column].contiguous(), budgets + 1e-9) - 1
+        return front[at.clamp_min(0), 3:]
+
+    def line(name, scores, sign=""):
+        scores = torch.stack(scores)
+        deviation = scores.std(0) if len(scores) > 1 else torch.full_like(scores[0], math.nan)
+        cells = zip(scores.mean(0).tolist(), deviation.tolist(), (4, 2, 2, 2, 2, 2))
+        return f"{name:32}" + "".join(f"{f'{m:{sign}.{n}f} ± {d:.{n}f}':>17}" for m, d, n in cells)
+
+    low = max(front[0, column] for by_seed in kinds.values() for front in by_seed.values())
+    budgets = torch.linspace(low, 1, 200, dtype=torch.float64)
+    marks = torch.tensor([0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
+    scores = {name: {seed: torch.cat([within(front, budgets).mean(0), within(front, marks)[:, 1]])
+                     for seed, front in by_seed.items()} for name, by_seed in kinds.items()}  # fmt: skip
+    print(f"\n{cost}: means over budgets from {low:.1%} to 100 %, and at four of them; mean ± standard deviation over seeds")
+    heads = ("test loss", "top-1", "at 25 %", "at 50 %", "at 75 %", "at 100 %")
+    print(" " * 32 + "".join(f"{h:>17}" for h in heads))
+    for name, by_seed in scores.items():
+        print(line(name, list(by_seed.values())), f"  seeds {' '.join(map(str, sorted(by_seed)))}")
+    first, *others = scores
+    for name in others:
+        both = sorted(scores[name].keys() & scores[first].keys())
+        if both:
+            leads = [scores[first][seed] - scores[name][seed] for seed in both]
+            each = " ".join(f"{lead[1]:+.2f}" for lead in leads)
+            print(line(f"{first} - {name}", leads, "+"), f"  top-1 by seed {each}")
+    for seed, share, top1 in alone:
+        beside = [f"{name} {within(by_seed[seed], share)[1]:.2f}" for name, by_seed in kinds.items() if seed in by_seed]
+        print(f"alone at {share:.1%}, seed {seed}: top-1 {top1:.2f}; within that budget {', '.join(beside)}")
+    curves = {name: torch.stack([within(f, budgets)[:, 1] for f in by_seed.values()]) for name, by_seed in kinds.items()}
+    return budgets, curves, alone
 
 
 def draw(panels, path):
@@ -1126,7 +1132,7 @@ def draw(panels, path):
         for k, top1 in kinds.items():
             axes.plot(100 * budgets, top1.mean(0), label=k)
             axes.fill_between(100 * budgets, top1.amin(0), top1.amax(0), alpha=0.15)
-        axes.plot([100 * share for share, _ in alone], [top1 for _, top1 in alone], "kx")
+        axes.plot([100 * share for _, share, _ in alone], [top1 for *_, top1 in alone], "kx")
         axes.legend()
         axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
