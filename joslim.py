@@ -132,10 +132,9 @@ class Joslim(UniformWidths):
     def observe(self, losses: Tensor, where: Tensor | None = None) -> None:
         """Renews the losses (n,) of all configurations, or of those whose indices (k,) are `where`.
 
-        The weights have moved since the others were observed, and as they learn all losses fall and
-        draw together: the line that best maps the renewed ones' old losses to their new is applied
-        to the others. nan or inf marks a configuration as not observed. Raises ValueError for a wrong
-        shape or an index that is none.
+        The weights have moved since the others were observed: theirs change in the proportion in
+        which the renewed ones' mean did, since losses that fall also draw together. nan or inf marks a
+        configuration as not observed. Raises ValueError for a wrong shape or an index that is none.
         """
         n = len(self.widths)
         losses = torch.as_tensor(losses).to(self.losses)
@@ -145,12 +144,8 @@ class Joslim(UniformWidths):
         if len(where) and not 0 <= where.min() <= where.max() < n:
             raise ValueError(f"where: expected indices from 0 to {n - 1}, got {where.min()} to {where.max()}")
         both = self.losses[where].isfinite() & losses.isfinite()
-        old, new = self.losses[where][both], losses[both]
-        renewed = self.losses.clone()
-        if len(old):
-            gap = old - old.mean()
-            slope = (gap @ new / (gap @ gap).clamp_min(1e-12)).clamp(0, 1) if len(old) > 2 else 1.0
-            renewed = new.mean() + slope * (renewed - old.mean())
+        ratio = losses[both].sum() / self.losses[where][both].sum()
+        renewed = self.losses * (ratio if 0 < ratio < torch.inf else 1.0)
         renewed[where] = losses
         self.losses = renewed
 
