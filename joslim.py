@@ -117,13 +117,6 @@ class Joslim(UniformWidths):
         self.losses = torch.empty(0, dtype=torch.float64)
         self.hyper = None  # the GP's last hyperparameters, from which the next fit starts
 
-    def due(self, limit: int) -> Tensor:
-        """Indices of the about `limit` configurations whose losses are worth renewing.
-
-        Those not yet observed and those nearest the front: the others are known to be worse.
-        """
-        return shortlist(self.losses, self.cost(self.widths), limit)
-
     @property
     def ready(self) -> bool:
         """Whether the next proposals depend on losses: if not, the history need not be evaluated."""
@@ -132,9 +125,9 @@ class Joslim(UniformWidths):
     def observe(self, losses: Tensor, where: Tensor | None = None) -> None:
         """Renews the losses (n,) of all configurations, or of those whose indices (k,) are `where`.
 
-        The weights have moved since the others were observed: theirs change in the proportion in
-        which the renewed ones' mean did, since losses that fall also draw together. nan or inf marks a
-        configuration as not observed. Raises ValueError for a wrong shape or an index that is none.
+        Where the weights have moved, renew all, on few images rather than some on many: the GP
+        averages noise out, but what is stale misleads it. nan or inf marks a configuration as not
+        observed. Raises ValueError for a wrong shape or an index that is none.
         """
         n = len(self.widths)
         losses = torch.as_tensor(losses).to(self.losses)
@@ -143,11 +136,7 @@ class Joslim(UniformWidths):
             raise ValueError(f"losses: expected shape {tuple(where.shape)}, got {tuple(losses.shape)}")
         if len(where) and not 0 <= where.min() <= where.max() < n:
             raise ValueError(f"where: expected indices from 0 to {n - 1}, got {where.min()} to {where.max()}")
-        both = self.losses[where].isfinite() & losses.isfinite()
-        ratio = losses[both].sum() / self.losses[where][both].sum()
-        renewed = self.losses * (ratio if 0 < ratio < torch.inf else 1.0)
-        renewed[where] = losses
-        self.losses = renewed
+        self.losses = self.losses.index_copy(0, where, losses)
 
     def sample(self, m: int) -> Tensor:
         """Proposes m configurations (m, d) and appends them to the history, their losses nan."""

@@ -42,11 +42,11 @@ from joslim import calibrate_bn, evaluate, pareto_front, sandwich_step, shortlis
 # lr is for a batch of 256 and scales with --batch-size.
 COMMON = dict(
     num_samples=2, num_prior=20, beta=0.1, lower=0.42, warmup_epochs=5.0, label_smoothing=0.0,
-    reevaluate=200, eval_images=1024, calibrate_images=2048, candidates=60, front_size=20,
+    eval_images=512, calibrate_images=2048, candidates=60, front_size=20,
 )  # fmt: skip
 CIFAR = dict(
     arch="resnet56", epochs=200, batch_size=128, lr=0.1, weight_decay=5e-4, tau=235, held_out=5000,
-    eval_images=512, image_size=32,
+    eval_images=128, image_size=32,
 )  # fmt: skip
 IMAGENET = dict(
     arch="mbv2", epochs=250, batch_size=1024, lr=0.125, weight_decay=4e-5, tau=625, held_out=10000,
@@ -55,12 +55,12 @@ IMAGENET = dict(
 RECIPES = {
     "synthetic": dict(
         arch="resnet8", epochs=2, batch_size=64, lr=0.15, weight_decay=5e-4, tau=16, held_out=512, image_size=32,
-        warmup_epochs=0.5, reevaluate=12, eval_images=128, calibrate_images=512, candidates=12, front_size=12,
+        warmup_epochs=0.5, eval_images=64, calibrate_images=512, candidates=14, front_size=12,
     ),
     "synthetic mbv2": dict(batch_size=128, lr=0.03, tau=8),
     "fashion-mnist": dict(
         arch="resnet8", epochs=4, batch_size=32, lr=0.5, weight_decay=5e-4, tau=150, held_out=2500, image_size=28,
-        num_samples=1, warmup_epochs=0.2, reevaluate=20, eval_images=250, calibrate_images=1024, candidates=16, front_size=16,
+        num_samples=1, warmup_epochs=0.2, eval_images=125, calibrate_images=1024, candidates=30, front_size=16,
     ),
     "cifar10": CIFAR,
     "cifar100": CIFAR,
@@ -72,7 +72,7 @@ FREE = {"out", "resume", "weights", "device", "data_dir", "workers", "save_minut
 
 COSTS = "flops", "params", "memory"
 
-FORMAT = 2  # of checkpoints
+FORMAT = 3  # of checkpoints
 PREVIOUS = "checkpoint.previous.pt"
 
 
@@ -128,9 +128,7 @@ def parse_args(argv=None):
     p.add_argument("--lower", type=float, metavar="W0", help=f"smallest width multiplier {recipe}")
     p.add_argument("--random-lambda", action="store_true", help="draw lambda, not a target cost, per proposal")
     p.add_argument("--held-out", type=int, help=f"training images kept for judging configurations {recipe}")
-    p.add_argument("--reevaluate", type=int, metavar="K",
-                   help=f"renew the losses of about K configurations per round, those nearest the front {recipe}")
-    p.add_argument("--eval-images", type=int, help=f"held-out images per re-evaluation {recipe}")
+    p.add_argument("--eval-images", type=int, help=f"held-out images on which a round re-evaluates all configurations {recipe}")
     p.add_argument("--calibrate-images", type=int, help=f"training images for BatchNorm's statistics {recipe}")
     p.add_argument("--candidates", type=int,
                    help=f"configurations judged on the whole held-out split at the end, those nearest the front {recipe}")
@@ -163,7 +161,7 @@ def parse_args(argv=None):
         args.workers = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     args.proposals = args.num_samples if args.proposals is None else args.proposals
     args.out = args.out or Path("runs", f"{args.data}-{args.arch}-{args.method}-{args.seed}")
-    for name in ("epochs", "batch_size", "tau", "num_samples", "num_prior", "held_out", "reevaluate", "eval_images",
+    for name in ("epochs", "batch_size", "tau", "num_samples", "num_prior", "held_out", "eval_images",
                  "calibrate_images", "front_size", "image_size", "accumulate", "proposals", "candidates"):  # fmt: skip
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
@@ -876,15 +874,14 @@ class Run:
         """Re-evaluates the history, then proposes: on process 0, for all."""
         if self.sampler.ready:
             x, y = self.data.held_out(self.step // self.args.tau)
-            due = self.sampler.due(self.args.reevaluate)
-            losses = self.world.mean(evaluate(self.net, self.sampler.widths[due], x, y, self.args.amp))
-            self.sampler.observe(losses, due)
-            bad = due[~losses.isfinite().cpu()]
-            if len(bad):
-                self.say(f"step {self.step}: the held-out loss of {len(bad)} configurations is not finite; "
+            losses = self.world.mean(evaluate(self.net, self.sampler.widths, x, y, self.args.amp))
+            self.sampler.observe(losses)
+            bad = ~self.sampler.losses.isfinite()
+            if bad.any():
+                self.say(f"step {self.step}: the held-out loss of {bad.sum()} configurations is not finite; "
                          "the GP goes without them")  # fmt: skip
                 self.log("not finite", widths=self.sampler.widths[bad].tolist())
-            if not self.sampler.losses.isfinite().any():
+            if bad.all():
                 raise Diverged(f"step {self.step}: no configuration's held-out loss is finite; the last checkpoint "
                                "stands. Try a smaller --lr")  # fmt: skip
         if self.world.rank == 0:
