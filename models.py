@@ -482,7 +482,7 @@ def main():
     import statistics
     import time
 
-    print("                          params                     GFLOPs    memory MB    groups  (torchvision's)")
+    print(f"{'network':10} size {'parameters':>12} {'published':>11} {'GFLOPs':>9} {'publ.':>7} {'MB':>9} {'widths':>9}")
     for arch in ARCHS:
         image = 224 if arch in TORCHVISION else 32
         net = build(arch, 1000 if image == 224 else 10, image)
