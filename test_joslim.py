@@ -1205,6 +1205,26 @@ def test_divergence_stops_before_the_checkpoint(tiny, tmp_path, capsys):
         assert all(v.isfinite().all() for v in state["model"].values())
 
 
+def test_a_configuration_that_is_not_finite_is_left_out(tiny, tmp_path, capsys, monkeypatch):
+    evaluate = train.evaluate
+
+    def one_bad(net, widths, *rest):
+        losses = evaluate(net, widths, *rest)
+        losses[:1] = torch.nan
+        return losses
+
+    monkeypatch.setattr(train, "evaluate", one_bad)
+    assert train.main([*tiny, "--out", str(tmp_path)]) == 0
+    assert "of 1 configurations is not finite" in capsys.readouterr().out
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["sampler"]["losses"][0].isnan() and state["sampler"]["widths"].isfinite().all()
+    (bad,) = {str(e["widths"]) for e in map(json.loads, open(tmp_path / "log.jsonl")) if e["event"] == "not finite"}
+    assert bad == str(state["sampler"]["widths"][:1].tolist())
+    monkeypatch.setattr(train, "evaluate", lambda *a: evaluate(*a) * torch.nan)  # but if all are bad
+    assert train.main([*tiny, "--out", str(tmp_path / "all")]) == 1
+    assert "no configuration's held-out loss is finite" in capsys.readouterr().err
+
+
 def test_sigterm_saves_and_says_how_to_continue(tiny, tmp_path):
     command = [sys.executable, "train.py", *tiny, "--epochs", "4000", "--out", str(tmp_path)]
     run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
