@@ -1062,7 +1062,7 @@ def compare(folders, picture):
 
     panels = []
     for column, cost in enumerate(COSTS):
-        if not any(s["cost"] == cost for s in settings):
+        if not any(s["cost"] == cost and s["method"] != "alone" for s in settings):
             continue
         kinds, alone = {}, []
         for s, front in runs:
