@@ -14,6 +14,18 @@ from typing import Callable
 import torch
 from torch import Tensor
 
+
+def check(name: str, t: Tensor, *shape: int | None, device: torch.device | None = None) -> None:
+    """Raises ValueError unless t has this shape (None: any length but 0), this device and real, finite values."""
+    if t.ndim != len(shape) or any(have != want if want is not None else have < 1 for have, want in zip(t.shape, shape)):
+        wanted = ", ".join("n >= 1" if want is None else str(want) for want in shape)
+        raise ValueError(f"{name}: expected shape ({wanted}), got {tuple(t.shape)}")
+    if device is not None and t.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, got one on {t.device}")
+    if t.is_complex() or not t.isfinite().all():
+        raise ValueError(f"{name}: every value must be real and finite")
+
+
 # ------------------------------------------------------------------------------ the surrogate
 
 
@@ -45,17 +57,12 @@ class GP:
         y: (n,) observations. They are standardised inside.
         hyper: (d + 1,) log length scales and log noise-to-signal variance to start from, say
             another GP's `.hyper` (warm start). None: the prior's mode.
-    Raises ValueError for wrong shapes, no points, or values that are not finite.
+    Raises ValueError for wrong shapes, no points, two devices, or values that are not finite.
     """
 
     def __init__(self, x: Tensor, y: Tensor, hyper: Tensor | None = None):
-        if x.ndim != 2 or len(x) == 0:
-            raise ValueError(f"x: expected shape (n, d) with n >= 1, got {tuple(x.shape)}")
-        if y.shape != x.shape[:1]:
-            raise ValueError(f"y: expected shape ({len(x)},), got {tuple(y.shape)}")
-        for name, value in (("x", x), ("y", y)):
-            if not value.isfinite().all():
-                raise ValueError(f"{name}: every value must be finite")
+        check("x", x, None, None)
+        check("y", y, len(x), device=x.device)
         n, d = x.shape
         self.x, y = x.double(), y.double()
         self.offset, spread = y.mean(), y.std(correction=0)
@@ -68,8 +75,7 @@ class GP:
         mode = self.prior_mean - self.prior_std.square()
         mode[-1] = self.prior_mean[-1]
         self.hyper = mode if hyper is None else hyper.to(self.x)
-        if self.hyper.shape != (d + 1,):
-            raise ValueError(f"hyper: expected shape ({d + 1},), got {tuple(self.hyper.shape)}")
+        check("hyper", self.hyper, d + 1)
         self._factor = None
 
     def _solve(self, hyper, x, z):
@@ -112,8 +118,10 @@ class GP:
         """Sets the hyperparameters (L-BFGS from the present ones) and returns self.
 
         Of more than `max_points` points, as many evenly spaced ones decide the hyperparameters; the
-        posterior always uses all.
+        posterior always uses all. Raises ValueError for a count below 1.
         """
+        if min(max_points, iterations) < 1:
+            raise ValueError(f"max_points, iterations: expected at least 1, got {max_points} and {iterations}")
         n = len(self.x)
         pick = torch.linspace(0, n - 1, min(n, max_points), device=self.x.device).round().long()
         x, z = self.x[pick], self.z[pick]
@@ -134,10 +142,10 @@ class GP:
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance (without noise) of the function at x (..., d): two tensors (...,), in y's units.
 
-        Differentiable in x. Rasmussen & Williams (2006), eq. 2.25 and 2.26.
+        Differentiable in x. Rasmussen & Williams (2006), eq. 2.25 and 2.26. Raises ValueError for a
+        wrong shape or device, or values that are not finite.
         """
-        if x.shape[-1] != self.x.shape[1]:
-            raise ValueError(f"x: expected shape (..., {self.x.shape[1]}), got {tuple(x.shape)}")
+        check("x", x, *x.shape[:-1], self.x.shape[1], device=self.x.device)
         if self._factor is None:
             u, _, chol, _, mean, alpha, variance = self._solve(self.hyper, self.x, self.z)
             eye = torch.eye(len(u), dtype=u.dtype, device=u.device)
@@ -155,10 +163,14 @@ class GP:
 def ucb(mean: Tensor, variance: Tensor, beta: float) -> Tensor:
     """Optimistic value of an objective that is minimised: mean - sqrt(beta * variance).
 
-    The upper confidence bound of the negated objective (Srinivas et al. 2010), negated back.
+    mean, variance: one shape. The upper confidence bound of the negated objective (Srinivas et al.
+    2010), negated back. Raises ValueError for shapes or devices that differ, values that are not
+    finite, or a negative variance or beta.
     """
-    if not beta >= 0:
-        raise ValueError(f"beta must not be negative, got {beta}")
+    check("mean", mean, *mean.shape)
+    check("variance", variance, *mean.shape, device=mean.device)
+    if not beta >= 0 or (variance < 0).any():
+        raise ValueError(f"beta, variance: must not be negative, got {beta} and at least {variance.min()}")
     return mean - (beta * variance).sqrt()
 
 
@@ -167,10 +179,13 @@ def chebyshev(objectives: Tensor, weights: Tensor, ideal: Tensor | float = 0.0, 
 
     max_k w_k (f_k - z_k) + rho * sum_k w_k (f_k - z_k), with weights w (..., k) and the ideal point z
     (..., k). Every Pareto-optimal point minimises it for some w, also where the front is not convex;
-    the augmentation keeps weakly optimal ones out (Steuer & Choo 1983; Joslim, section 3).
+    the augmentation keeps weakly optimal ones out (Steuer & Choo 1983; Joslim, section 3). Raises
+    ValueError for another k or device, values that are not finite, or a negative weight or rho.
     """
-    if objectives.shape[-1:] != weights.shape[-1:]:
-        raise ValueError(f"weights: expected (..., {objectives.shape[-1]}), got {tuple(weights.shape)}")
+    check("objectives", objectives, *objectives.shape)
+    check("weights", weights, *weights.shape[:-1], *objectives.shape[-1:], device=objectives.device)
+    if not rho >= 0 or (weights < 0).any():
+        raise ValueError(f"rho, weights: must not be negative, got {rho} and at least {weights.min()}")
     gap = weights * (objectives - ideal)
     return gap.amax(-1) + rho * gap.sum(-1)
 
@@ -198,13 +213,13 @@ def optimize_acquisition(
         lower, upper: the box, floats or (d,).
         starts: (s, d), tried for every function.
     Returns x (batch, d) and fn there (batch,).
-    Raises ValueError for an empty box, a count below 1, or shapes that do not fit.
+    Raises ValueError for an empty box, a count below 1, shapes that do not fit, or starts that are not finite.
     """
     for name, value in (("dim", dim), ("batch", batch), ("raw", raw), ("restarts", restarts), ("steps", steps)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if starts is not None and (starts.ndim != 2 or starts.shape[1] != dim):
-        raise ValueError(f"starts: expected shape (s, {dim}), got {tuple(starts.shape)}")
+    if starts is not None:
+        check("starts", starts, None, dim)
     device = starts.device if starts is not None else torch.as_tensor(lower).device
     # Drawn on the CPU: the same points whatever the device.
     x = torch.rand(raw, batch, dim, generator=generator, dtype=torch.float64).to(device)
@@ -226,7 +241,8 @@ def optimize_acquisition(
     for step in range(steps):
         with torch.enable_grad():
             now = fn(x)
-            (x.grad,) = torch.autograd.grad(now.sum(), x)
+            (grad,) = torch.autograd.grad(now.sum(), x)
+        x.grad = grad.nan_to_num()  # where fn is not finite, there is nowhere to go
         better = now < value
         best, value = torch.where(better[..., None], x, best), torch.where(better, now, value)
         # Adam's steps have the same size whatever the scale of fn; each row descends for itself.

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gp import GP, chebyshev, optimize_acquisition, ucb
+from gp import GP, chebyshev, check, optimize_acquisition, ucb
 
 # ------------------------------------------------------------------------------ width samplers
 
@@ -91,6 +91,9 @@ class Joslim(UniformWidths):
         cost: maps a (..., d) to cost ratios (...,) to the full network's; takes `relaxed=True` for
             a version differentiable in a. Must grow with every width.
         beta: weight of the GP's variance in the (optimistic) acquisition.
+        smoothing: how much of a configuration's former loss, less what all losses fell by, stays in
+            it when it is observed again. Averages out the noise of small batches; 0 takes each new
+            loss as it is.
 
     Attributes, both of which may be assigned:
         widths: (n, d) all configurations so far, float64.
@@ -106,13 +109,17 @@ class Joslim(UniformWidths):
         beta: float = 0.1,
         seed: int = 0,
         targeted: bool = True,
+        smoothing: float = 0.0,
     ):
         super().__init__(dim, lower, seed)
         if num_prior < 1:
             raise ValueError(f"num_prior must be at least 1, got {num_prior}")
         if not beta >= 0:
             raise ValueError(f"beta must not be negative, got {beta}")
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"smoothing must lie in [0, 1), got {smoothing}")
         self.cost, self.num_prior, self.beta, self.targeted = cost, num_prior, beta, targeted
+        self.smoothing = smoothing
         self.widths = torch.empty(0, dim, dtype=torch.float64)
         self.losses = torch.empty(0, dtype=torch.float64)
         self.hyper = None  # the GP's last hyperparameters, from which the next fit starts
@@ -127,16 +134,23 @@ class Joslim(UniformWidths):
 
         Where the weights have moved, renew all, on few images rather than some on many: the GP
         averages noise out, but what is stale misleads it. nan or inf marks a configuration as not
-        observed. Raises ValueError for a wrong shape or an index that is none.
+        observed. Raises ValueError for a wrong shape or dtype or an index that is none.
         """
         n = len(self.widths)
-        losses = torch.as_tensor(losses).to(self.losses)
-        where = torch.arange(n) if where is None else where
+        losses = torch.as_tensor(losses)
+        where = torch.arange(n) if where is None else torch.as_tensor(where).cpu()
+        if losses.is_complex() or where.dtype != torch.int64:
+            raise ValueError(f"losses, where: expected real values and int64, got {losses.dtype} and {where.dtype}")
         if losses.shape != where.shape or losses.ndim != 1:
             raise ValueError(f"losses: expected shape {tuple(where.shape)}, got {tuple(losses.shape)}")
         if len(where) and not 0 <= where.min() <= where.max() < n:
             raise ValueError(f"where: expected indices from 0 to {n - 1}, got {where.min()} to {where.max()}")
-        self.losses = self.losses.index_copy(0, where, losses)
+        where, new = where.to(self.losses.device), losses.to(self.losses)
+        change = new - self.losses[where]
+        again = change.isfinite()
+        if again.any():
+            new = torch.where(again, new - self.smoothing * (change - change[again].mean()), new)
+        self.losses = self.losses.index_copy(0, where, new)
 
     def sample(self, m: int) -> Tensor:
         """Proposes m configurations (m, d) and appends them to the history, their losses nan."""
@@ -154,12 +168,12 @@ class Joslim(UniformWidths):
     def propose(self, m: int) -> Tensor:
         """m configurations (m, d) from a GP on the history.
 
-        Raises ValueError if `widths` and `losses` do not fit together or no loss is finite.
+        Raises ValueError if `widths` and `losses` do not fit together, a width is not finite or all losses are not.
         """
-        n = len(self.widths)
-        if self.widths.shape != (n, self.dim) or self.losses.shape != (n,):
-            raise ValueError(f"widths, losses: expected shapes (n, {self.dim}) and (n,), got "
-                             f"{tuple(self.widths.shape)} and {tuple(self.losses.shape)}")  # fmt: skip
+        check("widths", self.widths, None, self.dim)
+        if self.losses.shape != self.widths.shape[:1] or self.losses.device != self.widths.device:
+            raise ValueError(f"losses: expected shape ({len(self.widths)},) on {self.widths.device}, got "
+                             f"{tuple(self.losses.shape)} on {self.losses.device}")  # fmt: skip
         known = self.losses.isfinite()
         if not known.any():
             raise ValueError("losses: none is finite; observe() the history's losses before sample()")
@@ -259,10 +273,12 @@ def sandwich_step(
         teacher: the configuration that learns from the labels. With no `widths` and no `lower`, the
             step is an ordinary one of that configuration.
     Returns the losses (len(widths) + 2,), detached, on x's device: full, widths, smallest.
-    Raises ValueError for x and y that do not fit together. That y's values name classes is not
-    checked: on a GPU that would mean waiting for it.
+    Raises ValueError for x and y that do not fit together or lie elsewhere than the network. Their
+    values are not looked at: on a GPU that would mean waiting for it.
     """
-    _check_batch(x, y)
+    _check_batch(net, x, y)
+    if not 0 <= label_smoothing < 1 or not math.isfinite(scale):
+        raise ValueError(f"label_smoothing, scale: expected one in [0, 1) and a finite one, got {label_smoothing}, {scale}")
 
     def learn(a, target, smoothing=0.0):
         net.set_widths(a)
@@ -280,7 +296,10 @@ def sandwich_step(
     return torch.stack(losses)
 
 
-def _check_batch(x, y):
+def _check_batch(net, x, y):
+    home = next(net.parameters(), x).device
+    if x.device != home:
+        raise ValueError(f"x: expected on {home}, where the network is; got on {x.device}")
     if not x.is_floating_point() or len(x) == 0:
         raise ValueError(f"x: expected at least one image, of floating point; got {tuple(x.shape)}, {x.dtype}")
     if y.shape != x.shape[:1] or y.dtype != torch.int64 or y.device != x.device:
@@ -295,7 +314,7 @@ def evaluate(net: nn.Module, widths: Iterable[Tensor], x: Tensor, y: Tensor, amp
     Weights and running statistics stay as they are (`models.BatchNorm2d` does not track in
     training); the widths stay at the last configuration. Raises ValueError as `sandwich_step`.
     """
-    _check_batch(x, y)
+    _check_batch(net, x, y)
     training = net.training
     net.train()
     losses = []
@@ -350,10 +369,9 @@ def pareto_front(loss: Tensor, cost: Tensor) -> Tensor:
 
 
 def _check_pairs(loss, cost):
-    if loss.ndim != 1 or loss.shape != cost.shape:
-        raise ValueError(f"loss, cost: expected one shape (n,), got {tuple(loss.shape)} and {tuple(cost.shape)}")
-    if not cost.isfinite().all():
-        raise ValueError("cost: every value must be finite")
+    if loss.ndim != 1 or loss.is_complex():
+        raise ValueError(f"loss: expected shape (n,), real, got {tuple(loss.shape)}, {loss.dtype}")
+    check("cost", cost, len(loss), device=loss.device)
 
 
 def shortlist(loss: Tensor, cost: Tensor, k: int) -> Tensor:
@@ -363,6 +381,8 @@ def shortlist(loss: Tensor, cost: Tensor, k: int) -> Tensor:
     is nan or infinite come first: nothing is known against them. Raises ValueError as `pareto_front`.
     """
     _check_pairs(loss, cost)
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
     chosen = (~loss.isfinite()).nonzero()[:, 0]
     left = loss.isfinite().nonzero()[:, 0]
     while len(chosen) < k and len(left):

@@ -496,6 +496,26 @@ def test_partly_renewed_losses():
     assert sampler.losses.tolist() == [3.0, 5.0, 1.0, 1.5]
 
 
+def test_smoothing_averages_noise_and_follows_a_shift():
+    """Batches' noise shrinks to the share that theory gives; what all losses do together passes at once."""
+    g, n, keep = torch.Generator().manual_seed(0), 400, 0.7
+    sampler = joslim.Joslim(2, lambda a, relaxed=False: a.mean(-1), num_prior=1, smoothing=keep)
+    sampler.widths = torch.rand(n, 2, generator=g, dtype=torch.float64)
+    sampler.losses = torch.full((n,), torch.nan, dtype=torch.float64)
+    true = torch.rand(n, generator=g)
+    for t in range(30):
+        sampler.observe(true - t + torch.randn(n, generator=g))
+    error = sampler.losses - (true - t)
+    assert error.std().item() == pytest.approx(((1 - keep) / (1 + keep)) ** 0.5, rel=0.1)  # an AR(1)'s variance
+    assert abs(error.mean()) < 0.2
+    sampler.losses[:3] = torch.tensor([torch.nan, torch.inf, 5.0])
+    fresh = torch.arange(3.0)
+    sampler.observe(fresh, torch.arange(3))  # nothing to average with, and the only one: as they are
+    assert torch.equal(sampler.losses[:3], fresh.double())
+    sampler.observe(torch.tensor([torch.nan, 4.0]), torch.tensor([0, 1]))
+    assert sampler.losses[0].isnan() and sampler.losses[1] == 4.0
+
+
 def test_same_state_same_proposals():
     net = models.build("resnet20", 10, 32)
     one, two = history(net, 30, 0), history(net, 30, 5)
@@ -563,11 +583,16 @@ def test_wrong_arguments_are_named():
     sampler.observe(torch.ones(3))
     broken = joslim.Joslim(2, mean, num_prior=1)
     broken.widths = torch.ones(4, 3)
+    short = joslim.Joslim(2, mean, num_prior=1)
+    short.widths, short.losses = torch.ones(4, 2), torch.ones(3)
+    model, far = gp.GP(torch.rand(5, 2), torch.rand(5)), torch.empty(3, device="meta")  # meta: a device every machine has
     for call, name in (
         (lambda: joslim.RandomWidths(0), "dim"), (lambda: joslim.UniformWidths(3, lower=float("nan")), "lower"),
         (lambda: joslim.Joslim(3, mean, num_prior=0), "num_prior"), (lambda: joslim.Joslim(3, mean, beta=-1), "beta"),
+        (lambda: joslim.Joslim(3, mean, smoothing=1.0), "smoothing"),
         (lambda: joslim.UniformWidths(3).sample(0), "m must"), (lambda: sampler.sample(0), "m must"),
-        (lambda: sampler.observe(torch.ones(2)), "losses: expected"), (lambda: broken.sample(2), "widths, losses"),
+        (lambda: sampler.observe(torch.ones(2)), "losses: expected"), (lambda: broken.sample(2), "widths: expected"),
+        (lambda: sampler.observe(torch.ones(1), torch.ones(1)), "losses, where: expected"), (lambda: short.sample(1), "losses: expected"),
         (lambda: sampler.observe(torch.ones(1), torch.tensor([9])), "where: expected"),
         (lambda: joslim.sandwich_step(net, x, y[:3], []), "y: expected"),
         (lambda: joslim.sandwich_step(net, x, y.float(), []), "y: expected"),
@@ -575,11 +600,24 @@ def test_wrong_arguments_are_named():
         (lambda: joslim.sandwich_step(net, x, y, [torch.ones(3)]), "a: this network has 6 widths"),
         (lambda: joslim.sandwich_step(net, x, y, [], lower=0.0), "a: widths must lie"),
         (lambda: joslim.evaluate(net, [], x, y[:2]), "y: expected"),
+        (lambda: joslim.evaluate(net, [], far, y), "x: expected on cpu"),
+        (lambda: joslim.sandwich_step(net, x, y, [], label_smoothing=1.5), "label_smoothing"),
+        (lambda: joslim.sandwich_step(net, x, y, [], scale=float("nan")), "scale"),
         (lambda: joslim.pareto_front(one, one * torch.nan), "cost: every"),
-        (lambda: joslim.shortlist(one, torch.ones(4), 2), "loss, cost"),
+        (lambda: joslim.pareto_front(one, far), "cost: expected a tensor on cpu"),
+        (lambda: joslim.pareto_front(one * 1j, one), "loss: expected"), (lambda: joslim.shortlist(one, one, 0), "k must"),
+        (lambda: joslim.shortlist(one, torch.ones(4), 2), "cost: expected"),
         (lambda: joslim.front_area(one * torch.nan, one), "loss: none"),
         (lambda: joslim.front_area(one, one, high=0.5), "low, high"),
         (lambda: gp.chebyshev(one, torch.ones(2)), "weights"), (lambda: gp.ucb(one, one, float("nan")), "beta"),
+        (lambda: gp.chebyshev(one, -one), "weights: must"), (lambda: gp.chebyshev(one, one, rho=-1), "rho"),
+        (lambda: gp.chebyshev(one, far), "weights: expected a tensor on cpu"), (lambda: gp.ucb(one, -one, 1), "variance: must"),
+        (lambda: gp.ucb(one, far, 1), "variance: expected a tensor on cpu"), (lambda: gp.ucb(one / 0, one, 1), "mean: every"),
+        (lambda: gp.GP(one[:, None], far), "y: expected a tensor on cpu"), (lambda: gp.GP(one[:, None], 1j * one), "y: every"),
+        (lambda: model.posterior(torch.empty(4, 2, device="meta")), "x: expected a tensor on cpu"),
+        (lambda: model.posterior(torch.full((4, 2), torch.nan)), "x: every"), (lambda: model.fit(0), "max_points"),
+        (lambda: gp.GP(one[:, None], one, one[:2] * torch.inf), "hyper: every"),
+        (lambda: gp.optimize_acquisition(lambda x: x.sum(-1), 0.0, 1.0, 3, starts=one[None] * torch.nan), "starts: every"),
         (lambda: gp.optimize_acquisition(lambda x: x.sum(-1), 1.0, 0.0, 2), "lower, upper"),
         (lambda: gp.optimize_acquisition(lambda x: x.sum(-1), 0.0, float("inf"), 2), "lower, upper"),
         (lambda: gp.optimize_acquisition(lambda x: x.sum(-1), 0.0, 1.0, 2, starts=one[None]), "starts"),
@@ -1056,7 +1094,7 @@ def test_resumed_run_is_the_unbroken_run(method, tiny, tmp_path, monkeypatch):
     (["--method", "alone"], "--widths"), (["--method", "alone", "--widths", "1 2"], "--widths"),
     (["--method", "alone", "--widths", "1 2 x 1 1 1"], "--widths"), (["--widths", "1"], "--method alone"),
     (["--method", "slim", "--weights", "/nowhere"], "/nowhere"), (["--weights", "/nowhere"], "--weights is for"),
-    (["--hold-widths"], "--hold-widths is for"), (["--compare", "/nowhere"], "/nowhere"),
+    (["--hold-widths"], "--hold-widths is for"), (["--smoothing", "1"], "--smoothing"), (["--compare", "/nowhere"], "/nowhere"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_exit_2(flags, word, tmp_path, capsys):
     out = [] if "--out" in flags else ["--out", str(tmp_path / "out")]
@@ -1194,6 +1232,9 @@ def test_checkpoints_of_something_else(tmp_path, capsys):
     refused("its format is 0")
     torch.save({"model": good["model"]}, path)
     refused("not a readable checkpoint (KeyError")
+    torch.save({k: v for k, v in good.items() if k != "settings"}, path)
+    refused("it lacks settings")
+    refused("it lacks settings", "--method", "slim", "--weights", str(path))
 
 
 def test_divergence_stops_before_the_checkpoint(tiny, tmp_path, capsys):

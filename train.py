@@ -42,7 +42,7 @@ from joslim import calibrate_bn, evaluate, pareto_front, sandwich_step, shortlis
 # lr is for a batch of 256 and scales with --batch-size.
 COMMON = dict(
     num_samples=2, num_prior=20, beta=0.1, lower=0.42, warmup_epochs=5.0, label_smoothing=0.0,
-    eval_images=512, calibrate_images=2048, candidates=60, front_size=20,
+    smoothing=0.7, eval_images=512, calibrate_images=2048, candidates=60, front_size=20,
 )  # fmt: skip
 CIFAR = dict(
     arch="resnet56", epochs=200, batch_size=128, lr=0.1, weight_decay=5e-4, tau=235, held_out=5000,
@@ -125,6 +125,8 @@ def parse_args(argv=None):
                    help="configurations proposed per round, at which the steps take turns, M at a time (default: M)")
     p.add_argument("--num-prior", type=int, metavar="N0", help=f"uniform proposals before the GP's {recipe}")
     p.add_argument("--beta", type=float, help=f"variance's weight in the acquisition {recipe}")
+    p.add_argument("--smoothing", type=float,
+                   help=f"former losses' share when a round re-evaluates: averages a small batch's noise {recipe}")
     p.add_argument("--lower", type=float, metavar="W0", help=f"smallest width multiplier {recipe}")
     p.add_argument("--random-lambda", action="store_true", help="draw lambda, not a target cost, per proposal")
     p.add_argument("--held-out", type=int, help=f"training images kept for judging configurations {recipe}")
@@ -170,8 +172,9 @@ def parse_args(argv=None):
             raise UserError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
     if not 0 < args.lower <= 1:
         raise UserError(f"--lower must lie in (0, 1], got {args.lower}")
-    if not 0 <= args.label_smoothing < 1:
-        raise UserError(f"--label-smoothing must lie in [0, 1), got {args.label_smoothing}")
+    for name in ("label_smoothing", "smoothing"):
+        if not 0 <= getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must lie in [0, 1), got {getattr(args, name)}")
     for name, methods in (("widths", ["alone"]), ("weights", ["twostage", "slim"]), ("hold_widths", ["twostage", "slim"])):
         if getattr(args, name) and args.method not in methods:
             raise UserError(f"--{name.replace('_', '-')} is for --method {' or '.join(methods)}, not {args.method}")
@@ -595,6 +598,9 @@ def read_checkpoint(path):
     state = torch.load(path, map_location="cpu", weights_only=True)
     if state["format"] != FORMAT:
         raise ValueError(f"its format is {state['format']}, this code's {FORMAT}")
+    missing = {"settings", "network", "model", "optimizer", "sampler", "step", "widths", "seconds"} - state.keys()
+    if missing:
+        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     return state
 
 
@@ -605,7 +611,7 @@ def load_weights(args):
     except Exception as e:
         raise UserError(f"--weights {args.weights}: {explain(e)}") from None
     for name in ("data", "seed", "held_out", "arch", "image_size"):
-        mine, theirs = getattr(args, name), state["settings"][name]
+        mine, theirs = getattr(args, name), state["settings"].get(name)
         if mine != theirs:
             raise UserError(f"--weights {args.weights}: trained with --{name.replace('_', '-')} {theirs}, not {mine}")
     return state
@@ -699,7 +705,7 @@ class Run:
 
     def joslim(self, dim, lower, seed):
         args = self.args
-        return Joslim(dim, self.cost, lower, args.num_prior, args.beta, seed, targeted=not args.random_lambda)
+        return Joslim(dim, self.cost, lower, args.num_prior, args.beta, seed, not args.random_lambda, args.smoothing)
 
     # -------------------------------------------------------------- files
 
@@ -864,8 +870,9 @@ class Run:
         total, lr = self.clock(), self.optimizer.param_groups[0]["lr"]
         left = timedelta(seconds=round(total / self.step * (self.steps - self.step)))
         search, loading = (self.seconds[part] / total for part in ("search", "loading"))
+        slow = " (it is what limits: try more --workers)" if loading > 0.2 else ""
         self.say(f"epoch {epoch + 1}/{self.args.epochs}  step {self.step}/{self.steps}  loss full {losses[0]:.3f} "
-                 f"smallest {losses[-1]:.3f}  {speed:.0f} images/s  search {search:.1%}  loading {loading:.1%}  "
+                 f"smallest {losses[-1]:.3f}  {speed:.0f} images/s  search {search:.1%}  loading {loading:.1%}{slow}  "
                  f"{left} left")  # fmt: skip
         self.log("train", epoch=epoch + 1, lr=lr, losses=losses, images_per_s=speed, seconds=total,
                  search_share=search, loading_share=loading)  # fmt: skip
