@@ -13,6 +13,7 @@ import json
 import os
 import pickle
 import random
+import shlex
 import shutil
 import signal
 import struct
@@ -1266,18 +1267,6 @@ def test_a_configuration_that_is_not_finite_is_left_out(tiny, tmp_path, capsys, 
     assert "no configuration's held-out loss is finite" in capsys.readouterr().err
 
 
-def test_sigterm_saves_and_says_how_to_continue(tiny, tmp_path):
-    command = [sys.executable, "train.py", *tiny, "--epochs", "4000", "--out", str(tmp_path)]
-    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in run.stdout:
-        if line.startswith("epoch"):
-            break
-    run.terminate()
-    _, err = run.communicate(timeout=30)
-    assert run.returncode == 143 and err.count("\n") == 1 and "--resume" in err
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] > 0
-
-
 def test_corrupt_image_is_named(tmp_path, capsys):
     root = write_data("imagenet", tmp_path / "i")
     for path in (root / "train").rglob("*.jpeg"):
@@ -1328,6 +1317,22 @@ def await_line(run, *starts):
         if line.startswith(starts):
             return line
     raise AssertionError(run.stderr.read())
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_sigterm_saves_and_says_how_to_continue(processes, tiny, tmp_path):
+    run = start([*launch(processes), *tiny, "--epochs", "4000", "--out", str(tmp_path / "a b")])
+    await_line(run, "epoch")
+    asked = time.perf_counter()
+    run.terminate()
+    _, err = run.communicate(timeout=30)
+    assert time.perf_counter() - asked < 10 and run.returncode != 0
+    (line,) = [line for line in err.splitlines() if line.startswith("train.py: ")]
+    if processes == 1:  # torchrun adds a traceback of its own
+        assert run.returncode == 143 and err.count("\n") == 1
+    command = shlex.split(line.split("continue with: ")[1])
+    assert command[-2:] == [str(tmp_path / "a b"), "--resume"] and "train.py" in command
+    assert torch.load(tmp_path / "a b" / "checkpoint.pt", weights_only=True)["step"] > 0
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ import json
 import math
 import os
 import pickle
+import shlex
 import signal
 import sys
 import time
@@ -855,8 +856,10 @@ class Run:
 
     def stop_if_asked(self):
         if self.signal:
-            command = " ".join(a for a in sys.argv if a != "--resume")
-            raise Stopped(f"stopped at step {self.step}, all saved; continue with: {command} --resume", self.signal)
+            start = "torchrun ..." if self.world.size > 1 else "python"
+            command = shlex.join([*(a for a in sys.argv if a != "--resume"), "--resume"])
+            line = f"stopped at step {self.step}, all saved; continue with: {start} {command}"
+            raise Stopped("" if self.world.rank else line, self.signal)  # one line, whatever the number of processes
 
     def asked_to_stop(self, number, frame):
         """SIGTERM or Ctrl-C: process 0 saves after the step under way; the others wait for it in vain and go."""
@@ -1060,13 +1063,21 @@ def compare(folders, picture):
     if not fronts:
         raise UserError("--compare: at least one run must not be of --method alone")
     full = torch.stack([front[-1] for front in fronts]).amax(0)
-    known = {"event", "step", "seed", "cost", "method", "trained_as", "widths", "torch"}
-    varied = sorted(k for k in set().union(*settings) - known if len({str(s.get(k)) for s in settings}) > 1)
+    known = {"event", "step", "seed", "cost", "method", "trained_as", "hold_widths", "widths", "torch"}
+
+    def differ(some):  # the other settings in which they do
+        return sorted(k for k in set().union(*some) - known if len({str(s.get(k)) for s in some}) > 1)
+
+    def method(s):
+        source = [] if s["trained_as"] in (None, s["method"]) else [f"of {s['trained_as']}'s weights"]
+        return " ".join([s["method"], *["held"] * s["hold_widths"], *source])
 
     def kind(s):
-        source = [] if s["trained_as"] in (None, s["method"]) else [f"of {s['trained_as']}'s weights"]
-        return " ".join([s["method"], *source, *(f"{k}={s[k]}" for k in varied if s.get(k))])
+        own = differ([other for other in settings if method(other) == method(s)])
+        return " ".join([method(s), *(f"{k}={s.get(k)}" for k in own)])
 
+    for k in differ(settings):
+        print(f"{k} differs: " + ", ".join(sorted({f"{method(s)} {s.get(k)}" for s in settings})))
     panels = []
     for column, cost in enumerate(COSTS):
         if not any(s["cost"] == cost and s["method"] != "alone" for s in settings):
@@ -1095,9 +1106,10 @@ def tabulate(cost, column, kinds, alone):
 
     def line(name, scores, sign=""):
         scores = torch.stack(scores)
-        deviation = scores.std(0) if len(scores) > 1 else torch.full_like(scores[0], math.nan)
-        cells = zip(scores.mean(0).tolist(), deviation.tolist(), (4, 2, 2, 2, 2, 2))
-        return f"{name:32}" + "".join(f"{f'{m:{sign}.{n}f} ± {d:.{n}f}':>17}" for m, d, n in cells)
+        cells = [f"{m:{sign}.{n}f}" for m, n in zip(scores.mean(0).tolist(), (4, 2, 2, 2, 2, 2))]
+        if len(scores) > 1:
+            cells = [f"{c} ± {d:.{n}f}" for c, d, n in zip(cells, scores.std(0).tolist(), (4, 2, 2, 2, 2, 2))]
+        return f"{name:32}" + "".join(f"{c:>17}" for c in cells)
 
     low = max(front[0, column] for by_seed in kinds.values() for front in by_seed.values())
     budgets = torch.linspace(low, 1, 200, dtype=torch.float64)
@@ -1155,7 +1167,8 @@ def main(argv=None):
         with claimed(args, world) as log_file:
             Run(args, world, log_file).main()
     except UserError as e:
-        print(f"train.py: {e}", file=sys.stderr, flush=True)
+        if str(e):
+            print(f"train.py: {e}", file=sys.stderr, flush=True)
         return e.code
     finally:
         if dist.is_initialized():
