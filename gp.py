@@ -171,7 +171,7 @@ def ucb(mean: Tensor, variance: Tensor, beta: float) -> Tensor:
     check("variance", variance, *mean.shape, device=mean.device)
     if not beta >= 0 or (variance < 0).any():
         raise ValueError(f"beta, variance: must not be negative, got {beta} and at least {variance.min()}")
-    return mean - (beta * variance).sqrt()
+    return mean - (beta * variance).sqrt() if beta else mean  # sqrt has no gradient at 0
 
 
 def chebyshev(objectives: Tensor, weights: Tensor, ideal: Tensor | float = 0.0, rho: float = 1e-6) -> Tensor:

@@ -378,6 +378,9 @@ def test_ucb_is_optimistic():
     """Among equal means the less known configuration is preferred: its value is lower."""
     value = gp.ucb(torch.ones(2), torch.tensor([0.0, 4.0]), beta=0.25)
     assert value.tolist() == [1.0, 0.0]
+    v = torch.tensor([0.0, 1.0], requires_grad=True)
+    (grad,) = torch.autograd.grad(gp.ucb(3 * v, v, beta=0).sum(), v)
+    assert grad.tolist() == [3.0, 3.0]  # the mean's alone
 
 
 def test_chebyshev_by_hand_and_brute_force():
@@ -451,6 +454,14 @@ def test_at_cost_gradient():
         e[i] = 1e-4
         with torch.no_grad():
             torch.testing.assert_close(grad[..., i].sum(), (f(a + e) - f(a - e)) / 2e-4, atol=2e-2, rtol=2e-2)
+
+    # Where the cost is the mean width, both have closed forms: a - mean(a) + target, weight - mean(weight).
+    linear = joslim.Joslim(12, lambda a, relaxed=False: a.mean(-1), lower=0.1)
+    a = (0.4 + 0.2 * torch.rand(3, 1, 12, generator=torch.Generator().manual_seed(1)).double()).requires_grad_()
+    out = linear.at_cost(a, target)
+    torch.testing.assert_close(out, a - a.mean(-1, keepdim=True) + 0.5)
+    (grad,) = torch.autograd.grad((out * weight).sum(), a)
+    torch.testing.assert_close(grad, (weight - weight.mean()).expand(3, 1, 12))
 
 
 @pytest.mark.parametrize("targeted", [True, False])
