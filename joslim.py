@@ -152,14 +152,18 @@ class Joslim(UniformWidths):
             new = torch.where(again, new - self.smoothing * (change - change[again].mean()), new)
         self.losses = self.losses.index_copy(0, where, new)
 
-    def sample(self, m: int) -> Tensor:
-        """Proposes m configurations (m, d) and appends them to the history, their losses nan."""
-        if not self.ready:
-            new = added = super().sample(m)
-            if len(self.widths) + m >= self.num_prior:
-                added = torch.cat([new, torch.ones(1, self.dim, dtype=new.dtype)])
-        else:
-            new = added = self.propose(m)
+    def sample(self, m: int, keep: int | None = None) -> Tensor:
+        """Proposes m configurations (m, d); the first `keep`, by default all, join the history, their losses nan.
+
+        Raises ValueError for m below 1 or keep outside [1, m].
+        """
+        keep = m if keep is None else keep
+        if m >= 1 and not 1 <= keep <= m:
+            raise ValueError(f"keep must lie in [1, {m}], got {keep}")
+        new = self.propose(m) if self.ready else super().sample(m)
+        added = new[:keep]
+        if len(self.widths) < self.num_prior <= len(self.widths) + keep:
+            added = torch.cat([added, torch.ones(1, self.dim, dtype=new.dtype)])
         self.widths = torch.cat([self.widths, added.to(self.widths)])
         self.losses = torch.cat([self.losses, self.losses.new_full((len(added),), math.nan)])
         return new

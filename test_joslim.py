@@ -500,6 +500,20 @@ def test_history_starts_uniform_then_full():
         sampler.observe(torch.zeros(3))
 
 
+def test_only_what_is_kept_joins_the_history():
+    sampler = history(models.build("resnet8", 10, 32), 30, 0)
+    before = sampler.widths
+    new = sampler.sample(9, keep=2)
+    assert new.shape == (9, 6) and torch.equal(sampler.widths, torch.cat([before, new[:2]]))
+    costs = sampler.cost(new, relaxed=True).sort().values
+    smallest = sampler.cost(torch.full((6,), sampler.lower, dtype=torch.float64), relaxed=True)
+    edges = smallest + (1 - smallest) * torch.arange(10) / 9
+    assert (costs > edges[:-1] * 0.98).all() and (costs < edges[1:] * 1.02).all()  # one in each ninth of the range
+    start = joslim.Joslim(3, lambda a, relaxed=False: a.mean(-1), num_prior=4)
+    sizes = [(len(start.sample(5, keep=2)), len(start.widths)) for _ in range(2)]
+    assert sizes == [(5, 2), (5, 5)] and (start.widths[-1] == 1).all()
+
+
 def test_partly_renewed_losses():
     sampler = joslim.Joslim(2, lambda a, relaxed=False: a.mean(-1), num_prior=1)
     sampler.widths = torch.rand(4, 2).double()
@@ -603,6 +617,7 @@ def test_wrong_arguments_are_named():
         (lambda: joslim.Joslim(3, mean, num_prior=0), "num_prior"), (lambda: joslim.Joslim(3, mean, beta=-1), "beta"),
         (lambda: joslim.Joslim(3, mean, smoothing=1.0), "smoothing"),
         (lambda: joslim.UniformWidths(3).sample(0), "m must"), (lambda: sampler.sample(0), "m must"),
+        (lambda: sampler.sample(2, 3), "keep must"), (lambda: sampler.sample(2, 0), "keep must"),
         (lambda: sampler.observe(torch.ones(2)), "losses: expected"), (lambda: broken.sample(2), "widths: expected"),
         (lambda: sampler.observe(torch.ones(1), torch.ones(1)), "losses, where: expected"), (lambda: short.sample(1), "losses: expected"),
         (lambda: sampler.observe(torch.ones(1), torch.tensor([9])), "where: expected"),
@@ -1005,6 +1020,7 @@ def tiny(tmp_path_factory):
 @pytest.mark.parametrize("flags", [
     ["--method", "slim"], ["--method", "twostage"], ["--cost", "memory"], ["--cost", "params"], ["--random-lambda"],
     ["--amp"], ["--method", "slim", "--hold-widths", "--tau", "2"], ["--accumulate", "4"],
+    ["--proposals", "6", "--visits", "2", "--tau", "2"],
 ])  # fmt: skip
 def test_methods_and_costs(flags, tiny, tmp_path):
     assert train.main([*tiny, *flags, "--out", str(tmp_path)]) == 0
@@ -1106,7 +1122,8 @@ def test_resumed_run_is_the_unbroken_run(method, tiny, tmp_path, monkeypatch):
     (["--method", "alone"], "--widths"), (["--method", "alone", "--widths", "1 2"], "--widths"),
     (["--method", "alone", "--widths", "1 2 x 1 1 1"], "--widths"), (["--widths", "1"], "--method alone"),
     (["--method", "slim", "--weights", "/nowhere"], "/nowhere"), (["--weights", "/nowhere"], "--weights is for"),
-    (["--hold-widths"], "--hold-widths is for"), (["--smoothing", "1"], "--smoothing"), (["--compare", "/nowhere"], "/nowhere"),
+    (["--hold-widths"], "--hold-widths is for"), (["--smoothing", "1"], "--smoothing"),
+    (["--visits", "3"], "--visits 3 is more than --proposals 2"), (["--compare", "/nowhere"], "/nowhere"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_exit_2(flags, word, tmp_path, capsys):
     out = [] if "--out" in flags else ["--out", str(tmp_path / "out")]

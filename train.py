@@ -124,6 +124,8 @@ def parse_args(argv=None):
     p.add_argument("--num-samples", type=int, metavar="M", help=f"sub-networks per step {recipe}")
     p.add_argument("--proposals", type=int, metavar="P",
                    help="configurations proposed per round, at which the steps take turns, M at a time (default: M)")
+    p.add_argument("--visits", type=int, metavar="V",
+                   help="how many of a round's proposals join the history, to be re-evaluated ever after (default: P)")
     p.add_argument("--num-prior", type=int, metavar="N0", help=f"uniform proposals before the GP's {recipe}")
     p.add_argument("--beta", type=float, help=f"variance's weight in the acquisition {recipe}")
     p.add_argument("--smoothing", type=float,
@@ -163,14 +165,17 @@ def parse_args(argv=None):
     if args.workers is None:
         args.workers = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     args.proposals = args.num_samples if args.proposals is None else args.proposals
+    args.visits = args.proposals if args.visits is None else args.visits
     args.out = args.out or Path("runs", f"{args.data}-{args.arch}-{args.method}-{args.seed}")
     for name in ("epochs", "batch_size", "tau", "num_samples", "num_prior", "held_out", "eval_images",
-                 "calibrate_images", "front_size", "image_size", "accumulate", "proposals", "candidates"):  # fmt: skip
+                 "calibrate_images", "front_size", "image_size", "accumulate", "proposals", "visits", "candidates"):  # fmt: skip
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     for name in ("lr", "weight_decay", "warmup_epochs", "beta", "workers", "save_minutes", "log_seconds", "seed"):
         if not getattr(args, name) >= 0:
             raise UserError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
+    if args.visits > args.proposals:
+        raise UserError(f"--visits {args.visits} is more than --proposals {args.proposals}")
     if not 0 < args.lower <= 1:
         raise UserError(f"--lower must lie in (0, 1], got {args.lower}")
     for name in ("label_smoothing", "smoothing"):
@@ -895,7 +900,7 @@ class Run:
                 raise Diverged(f"step {self.step}: no configuration's held-out loss is finite; the last checkpoint "
                                "stands. Try a smaller --lr")  # fmt: skip
         if self.world.rank == 0:
-            self.widths = self.sampler.sample(self.args.proposals)
+            self.widths = self.sampler.sample(self.args.proposals, self.args.visits)
         state, self.widths = self.world.from_first((self.sampler.state_dict(), self.widths))
         self.sampler.load_state_dict(state)
         self.log("round", configurations=len(self.sampler.widths), cost=self.cost(self.widths).tolist(),
@@ -918,11 +923,11 @@ class Run:
         args, world = self.args, self.world
         sampler = self.joslim(self.net.num_widths, args.lower, args.seed)
         x, y = self.data.held_out(0)
-        while len(sampler.widths) < args.proposals * self.rounds:
+        while len(sampler.widths) < args.visits * self.rounds:
             new = sampler.losses.isnan().nonzero()[:, 0]  # the others' losses cannot have changed
             sampler.observe(world.mean(evaluate(self.net, sampler.widths[new], x, y, args.amp)), new)
             if world.rank == 0:
-                sampler.sample(args.proposals)
+                sampler.sample(args.visits)
             sampler.load_state_dict(world.from_first(sampler.state_dict()))
         return sampler
 
