@@ -1417,9 +1417,10 @@ def test_a_full_disk(tiny, tmp_path):
         assert run.returncode == 2 and err.count("\n") == 1 and "checkpoint.pt: could not be written (No space" in err
         step = torch.load(disk / "run" / "checkpoint.pt", weights_only=True)["step"]
         assert 0 < step < 8 and not list(disk.rglob("*.part"))
-        with open(disk / "rest", "wb", buffering=0) as f, pytest.raises(OSError):
-            while True:
-                f.write(bytes(1024))
+        for path, piece in ((disk / "rest", bytes(1024)), (disk / "run" / "log.jsonl", b"\n")):  # the log's last page, too
+            with open(path, "ab", buffering=0) as f, pytest.raises(OSError):
+                while True:
+                    f.write(piece)
         _, err = (run := start(command)).communicate(timeout=100)  # now not even the log's next line
         print(err.strip())
         assert run.returncode == 2 and err.count("\n") == 1 and "log.jsonl: could not be written" in err
