@@ -215,8 +215,13 @@ class World:
             self.device = torch.device("cuda", index)
             torch.cuda.set_device(self.device)
         if self.size > 1:
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(minutes=30))
+            backend, patience = "nccl" if self.device.type == "cuda" else "gloo", timedelta(minutes=30)
+            store, *_ = next(dist.rendezvous("env://", timeout=patience))
+            if int(os.environ.get("LOCAL_WORLD_SIZE", 0)) == self.size:
+                # torchrun's store outlives its workers: a restart must not find the dead ones' addresses in it
+                # (pytorch issue 135712). Nodes count restarts differently, so this serves a single one.
+                store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            dist.init_process_group(backend, timeout=patience, rank=self.rank, world_size=self.size, store=store)
 
     def mean(self, t):
         """The tensor's mean over processes, in place: one all-reduce."""
