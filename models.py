@@ -44,8 +44,17 @@ class WidthGroup:
 
 
 def leading(t: Tensor, *sizes: int) -> Tensor:
-    """The leading block of `t`; `t` itself where nothing is cut, since a slice costs a backward copy."""
-    return t if t.shape[: len(sizes)] == sizes else t[tuple(map(slice, sizes))]
+    """The leading block of `t`; `t` itself where nothing is cut, since a cut costs a copy in the backward pass."""
+    if t.shape[: len(sizes)] == sizes:
+        return t
+    if t.ndim == 1:
+        return t[: sizes[0]]  # a view: running statistics are written through it
+    # Negative padding cuts both dimensions at once. Two slices would be two copies in the backward
+    # pass, and save none in the forward one: convolutions copy what is not contiguous.
+    pad = [0] * (2 * t.ndim)
+    for dim, n in enumerate(sizes):
+        pad[-1 - 2 * dim] = n - t.shape[dim]
+    return F.pad(t, pad)
 
 
 class Conv2d(nn.Conv2d):
