@@ -47,7 +47,7 @@ COMMON = dict(
 )  # fmt: skip
 CIFAR = dict(
     arch="resnet56", epochs=200, batch_size=128, lr=0.1, weight_decay=5e-4, tau=235, held_out=5000,
-    eval_images=128, image_size=32,
+    eval_images=80, image_size=32,
 )  # fmt: skip
 IMAGENET = dict(
     arch="mbv2", epochs=250, batch_size=1024, lr=0.125, weight_decay=4e-5, tau=625, held_out=10000,
