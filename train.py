@@ -1119,8 +1119,10 @@ def tabulate(cost, column, kinds, alone):
         cells = [f"{m:{sign}.{n}f}" for m, n in zip(scores.mean(0).tolist(), (4, 2, 2, 2, 2, 2))]
         if len(scores) > 1:
             cells = [f"{c} ± {d:.{n}f}" for c, d, n in zip(cells, scores.std(0).tolist(), (4, 2, 2, 2, 2, 2))]
-        return f"{name:42}" + "".join(f"{c:>17}" for c in cells)
+        return f"{name:{wide}}" + "".join(f"{c:>17}" for c in cells)
 
+    first, *others = kinds
+    wide = max(map(len, [first, *(f"{first} - {name}" for name in others)]))
     low = max(front[0, column] for by_seed in kinds.values() for front in by_seed.values())
     budgets = torch.linspace(low, 1, 200, dtype=torch.float64)
     marks = torch.tensor([0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
@@ -1128,10 +1130,9 @@ def tabulate(cost, column, kinds, alone):
                      for seed, front in by_seed.items()} for name, by_seed in kinds.items()}  # fmt: skip
     print(f"\n{cost}: means over budgets from {low:.1%} to 100 %, and at four of them; mean ± standard deviation over seeds")
     heads = ("test loss", "top-1", "at 25 %", "at 50 %", "at 75 %", "at 100 %")
-    print(" " * 42 + "".join(f"{h:>17}" for h in heads))
+    print(" " * wide + "".join(f"{h:>17}" for h in heads))
     for name, by_seed in scores.items():
         print(line(name, list(by_seed.values())), f"  seeds {' '.join(map(str, sorted(by_seed)))}")
-    first, *others = scores
     for name in others:
         both = sorted(scores[name].keys() & scores[first].keys())
         if both:
