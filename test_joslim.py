@@ -1275,6 +1275,24 @@ def test_divergence_stops_before_the_checkpoint(tiny, tmp_path, capsys):
         assert all(v.isfinite().all() for v in state["model"].values())
 
 
+def test_a_gradient_that_is_not_finite_reaches_no_checkpoint(tiny, tmp_path, capsys, monkeypatch):
+    step, steps = train.sandwich_step, []
+
+    def overflow(net, *rest, **how):
+        losses = step(net, *rest, **how)
+        steps.append(losses)
+        if len(steps) == 4:  # the second epoch's last: no later loss betrays it before the weights are saved
+            next(net.parameters()).grad[0] = torch.inf
+        return losses
+
+    monkeypatch.setattr(train, "sandwich_step", overflow)
+    assert train.main([*tiny, "--method", "slim", "--out", str(tmp_path)]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "step 4: losses are finite" in err and "learning rate" in err
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 2 and all(v.isfinite().all() for v in state["model"].values())
+
+
 def test_a_configuration_that_is_not_finite_is_left_out(tiny, tmp_path, capsys, monkeypatch):
     evaluate = train.evaluate
 

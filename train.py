@@ -731,7 +731,9 @@ class Run:
     def save(self):
         """Checkpoint: tensors and plain values only. Every process's state is the same."""
         if not all(f.isfinite().all() for f in self.flat):
-            raise Diverged(f"step {self.step}: a weight is not finite; the last checkpoint stands. Try a smaller --lr")
+            lr = self.optimizer.param_groups[0]["lr"]
+            raise Diverged(f"step {self.step}: losses are finite, but a weight is not, at learning rate {lr:.3g}; the last "
+                           "checkpoint stands. Try a smaller --lr")  # fmt: skip
         self.clock()
         if self.world.rank == 0:
             state = {
