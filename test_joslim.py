@@ -1288,7 +1288,7 @@ def test_a_gradient_that_is_not_finite_reaches_no_checkpoint(tiny, tmp_path, cap
     monkeypatch.setattr(train, "sandwich_step", overflow)
     assert train.main([*tiny, "--method", "slim", "--out", str(tmp_path)]) == 1
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "step 4: losses are finite" in err and "learning rate" in err
+    assert err.count("\n") == 1 and "step 4: a gradient of the full network, widths [" in err and "learning rate" in err
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert state["step"] == 2 and all(v.isfinite().all() for v in state["model"].values())
 

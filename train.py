@@ -730,10 +730,6 @@ class Run:
 
     def save(self):
         """Checkpoint: tensors and plain values only. Every process's state is the same."""
-        if not all(f.isfinite().all() for f in self.flat):
-            lr = self.optimizer.param_groups[0]["lr"]
-            raise Diverged(f"step {self.step}: losses are finite, but a weight is not, at learning rate {lr:.3g}; the last "
-                           "checkpoint stands. Try a smaller --lr")  # fmt: skip
         self.clock()
         if self.world.rank == 0:
             state = {
@@ -853,17 +849,25 @@ class Run:
         return torch.stack(losses).mean(0)
 
     def check(self, recent):
-        """The mean of recent steps' losses, once all are known to be finite: the loop's only wait for the device."""
+        """The mean of recent steps' losses, once these and the weights are known to be finite.
+
+        Called before every checkpoint and round: the loop's only wait for the device.
+        """
         if not recent:
             return []
+
+        def diverged(step, what):
+            lr = learning_rate(step - 1, self.data.steps, self.args)
+            return Diverged(f"step {step}: {what} at learning rate {lr:.3g}; the last checkpoint stands. Try a smaller --lr")
+
         losses = torch.stack([loss for _, _, loss in recent]).cpu()
         for (step, widths, _), row in zip(recent, losses):
+            names = ["the full network", *(f"widths {w.tolist()}" for w in widths), "the smallest network"]
             if not row.isfinite().all():
                 k = int((~row.isfinite()).nonzero()[0])
-                names = ["the full network", *(f"widths {w.tolist()}" for w in widths), "the smallest network"]
-                lr = learning_rate(step - 1, self.data.steps, self.args)
-                raise Diverged(f"step {step}: loss {row[k].item()} of {names[k]} at learning rate {lr:.3g}; "
-                               "the last checkpoint stands. Try a smaller --lr")  # fmt: skip
+                raise diverged(step, f"loss {row[k].item()} of {names[k]}")
+        if not all(f.isfinite().all() for f in self.flat):  # by the last step, or a loss would have shown it
+            raise diverged(step, f"a gradient of {', '.join(names)} is not finite, though their losses are,")
         return losses.mean(0).tolist()
 
     def stop_if_asked(self):
