@@ -1040,7 +1040,7 @@ def test_weights_searched_afterwards_and_networks_alone(tiny, tmp_path, capsys):
     """The references of a comparison, and the comparison of them all."""
     out = lambda name: str(tmp_path / name)  # noqa: E731
     for seed in "01":
-        assert train.main([*tiny, "--method", "slim", "--seed", seed, "--out", out("slim" + seed)]) == 0
+        assert train.main([*tiny, "--method", "slim", "--cost", "memory", "--seed", seed, "--out", out("slim" + seed)]) == 0
         assert train.main([*tiny, "--seed", seed, "--out", out("joslim" + seed)]) == 0
     slim = ["--weights", out("slim0/checkpoint.pt")]
     assert train.main([*tiny, "--method", "twostage", *slim, "--out", out("searched")]) == 0
@@ -1068,6 +1068,7 @@ def test_weights_searched_afterwards_and_networks_alone(tiny, tmp_path, capsys):
     names = ["joslim0", "joslim1", "slim0", "slim1", "searched", "alone"]
     assert train.main(["--compare", *map(out, names), "--out", out("picture.png")]) == 0
     text = capsys.readouterr().out
+    assert "\nflops:" in text and "\nmemory:" not in text  # slim's line is the same for any cost
     # By a loop over budgets, from the files alone.
     means = {}
     for name in names[:4]:
