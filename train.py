@@ -999,7 +999,7 @@ class Run:
         if self.world.rank:
             return
         with whole(args.out / "front.csv", "w") as f:
-            table = csv.writer(f)
+            table = csv.writer(f, lineterminator="\n")
             table.writerow([*COSTS, "loss", "top1", "top5", "widths"])
             for *values, a in rows:
                 table.writerow([*values, " ".join(f"{w:.6g}" for w in a)])
