@@ -1096,7 +1096,7 @@ def compare(folders, picture):
     for k in differ(settings):
         print(f"{k} differs: " + ", ".join(sorted({f"{method(s)} {s.get(k)}" for s in settings})))
     panels = []
-    searched = {s["cost"] for s in settings if s["method"] in ("joslim", "twostage")}  # others' fronts are the same for any
+    searched = {s["cost"] for s in settings if s["method"] in ("joslim", "twostage")}  # the others' fronts do not depend on it
     for column, cost in enumerate(COSTS):
         if cost not in (searched or {s["cost"] for s in settings}):
             continue
