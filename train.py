@@ -1160,7 +1160,7 @@ def draw(panels, path):
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    figure = Figure(figsize=(5 * len(panels), 3.8), layout="constrained")
+    figure = Figure(figsize=(5 * len(panels), 4.5), layout="constrained")
     for number, (cost, budgets, kinds, alone) in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), number + 1, xlabel=f"{cost} budget (% of the full network)",
                                   ylabel="test top-1 (%)")  # fmt: skip
@@ -1168,7 +1168,7 @@ def draw(panels, path):
             axes.plot(100 * budgets, top1.mean(0), label=k)
             axes.fill_between(100 * budgets, top1.amin(0), top1.amax(0), alpha=0.15)
         axes.plot([100 * share for _, share, _ in alone], [top1 for *_, top1 in alone], "kx")
-        axes.legend()
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize="small")  # off the curves
         axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as f:
