@@ -63,7 +63,7 @@ RECIPES = {
         arch="resnet8", epochs=4, batch_size=32, lr=0.5, weight_decay=5e-4, tau=150, held_out=2500, image_size=28,
         num_samples=1, warmup_epochs=0.2, eval_images=125, calibrate_images=1024, candidates=24, front_size=16,
     ),
-    "fashion-mnist mbv2": dict(lr=0.1),
+    "fashion-mnist mbv2": dict(lr=0.05),
     "cifar10": CIFAR,
     "cifar100": CIFAR,
     "imagenet": IMAGENET,
