@@ -75,7 +75,7 @@ FREE = {"out", "resume", "weights", "device", "data_dir", "workers", "save_minut
 
 COSTS = "flops", "params", "memory"
 
-FORMAT = 3  # of checkpoints
+FORMAT = 4  # of checkpoints
 PREVIOUS = "checkpoint.previous.pt"
 
 
@@ -688,8 +688,8 @@ class Run:
             if other and other["network"] != self.network:
                 raise UserError(f"{path}: its network has {other['network']}, these data need {self.network}")
         self.net = models.build(**self.network)
-        layout = torch.channels_last if world.device.type == "cuda" else torch.contiguous_format
-        self.net.to(world.device, memory_format=layout).train()
+        # The faster layout on GPU and CPU alike; and the flat momentum's order must not depend on the device.
+        self.net.to(world.device, memory_format=torch.channels_last).train()
         self.flat, self.grads = flatten(self.net)
         groups = [{"params": [self.flat[0]], "weight_decay": args.weight_decay},
                   {"params": [self.flat[1]], "weight_decay": 0.0}]  # fmt: skip
