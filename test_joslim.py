@@ -5,6 +5,7 @@ Each test compares with something that is not this project's: torchvision's netw
 closed forms, dense algebra, finite differences, brute force.
 """
 
+import copy
 import csv
 import fcntl
 import gzip
@@ -27,6 +28,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
@@ -37,6 +39,7 @@ import train
 
 ROOT = Path(__file__).parent
 LOWER = 0.42
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 
 
 def size_of(arch):
@@ -556,6 +559,22 @@ def test_same_state_same_proposals():
         assert torch.equal(a.sample(2), b.sample(2))
 
 
+@pytest.mark.parametrize("other", ["losses", "order of sums", pytest.param("device", marks=on_a_gpu)])
+@pytest.mark.parametrize("n", [60, 300])
+def test_rounding_moves_proposals_by_rounding(n, other):
+    """Neither the fit nor the descent makes much of it, so that processors that round differently agree."""
+    net = models.build("mbv2", 10, 32)
+    for seed in range(3):
+        one, two = history(net, n, seed), history(net, n, seed)
+        if other == "device":
+            two.widths, two.losses = two.widths.cuda(), two.losses.cuda()
+        elif other == "losses":
+            two.losses = two.losses * (1 + 1e-14 * torch.randn(n, generator=torch.Generator().manual_seed(seed)))
+        else:
+            two.widths, two.losses = two.widths.flip(0), two.losses.flip(0)
+        torch.testing.assert_close(one.sample(2), two.sample(2).cpu(), rtol=0, atol=1e-8)
+
+
 @pytest.mark.parametrize("d, losses", [
     (3, torch.ones(1000)), (3, torch.cat([torch.rand(50), torch.tensor([1e9])])), (3, torch.logspace(-8, 8, 60)),
     (1, torch.rand(10)), (200, torch.rand(25)),
@@ -709,6 +728,17 @@ def test_sandwich_gradient_is_the_sum():
     torch.testing.assert_close(losses.tolist(), expected)
     for name, p in net.named_parameters():
         torch.testing.assert_close(p.grad, total[name], rtol=1e-6, atol=1e-8)
+
+
+@on_a_gpu
+def test_a_step_on_the_gpu_is_the_cpus():
+    net, x, y, widths = joined_batch()
+    there = copy.deepcopy(net.train()).to("cuda", memory_format=torch.channels_last)
+    losses = joslim.sandwich_step(net, x, y, widths)
+    torch.testing.assert_close(joslim.sandwich_step(there, x.cuda(), y.cuda(), widths).cpu(), losses, rtol=1e-5, atol=1e-6)
+    for (name, p), q in zip(net.named_parameters(), there.parameters()):
+        torch.testing.assert_close(q.grad.cpu(), p.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(joslim.evaluate(there, widths, x.cuda(), y.cuda()).cpu(), joslim.evaluate(net, widths, x, y))
 
 
 def peak_bytes(fn):
@@ -1084,6 +1114,30 @@ def test_weights_searched_afterwards_and_networks_alone(tiny, tmp_path, capsys):
     assert train.main(["--compare", out("joslim0"), out("nowhere")]) == 2 and "nowhere" in capsys.readouterr().err
 
 
+def test_a_step_asks_for_no_value(tiny, tmp_path, monkeypatch):
+    """Tensors without values raise if one is asked for; on a GPU, that would be to wait for it."""
+    run = train.Run(train.parse_args([*tiny, "--out", str(tmp_path)]), train.World("cpu"), None)
+    widths, set_widths = list(run.sampler.sample(2)), run.net.set_widths
+
+    def with_values(a):  # widths are on the CPU whatever the device
+        with unset_fake_temporarily():
+            set_widths(a)
+
+    monkeypatch.setattr(run.net, "set_widths", with_values)
+    monkeypatch.setattr(torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True)
+    with FakeTensorMode() as mode:
+        run.net._apply(mode.from_tensor)
+        run.flat, run.grads = train.flatten(run.net)
+        run.optimizer = torch.optim.SGD(run.flat, lr=0.1, momentum=0.9)
+        for name in ("x", "y", "mean", "std"):
+            setattr(run.data, name, mode.from_tensor(getattr(run.data, name)))
+        for x, y in run.data.train(0, 0):
+            losses = run.update(x, y, widths)
+        assert run.step == run.data.steps and losses.shape == (4,)
+        with pytest.raises(DataDependentOutputException):
+            losses.tolist()
+
+
 def same_run(one, two):
     a, b = (torch.load(Path(p) / "checkpoint.pt", weights_only=True) for p in (one, two))
     for part in ("model", "sampler"):
@@ -1111,6 +1165,31 @@ def test_resumed_run_is_the_unbroken_run(method, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(train.Run, "save", save)
     assert train.main([*flags, "--out", str(tmp_path / "parts"), "--resume"]) == 0
     assert same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@on_a_gpu
+def test_a_cpu_run_continues_on_the_gpu(tiny, tmp_path, monkeypatch):
+    """Weights, and momentum with them, go on where they were: as on the CPU, but for the GPU's precision."""
+    flags, save, folders = [*tiny, "--method", "slim", "--no-amp"], train.Run.save, [tmp_path / d for d in ("cpu", "cuda")]
+
+    def save_and_stop(run):
+        save(run)
+        raise train.Stopped("", 15)
+
+    monkeypatch.setattr(train.Run, "save", save_and_stop)
+    assert train.main([*flags, "--out", str(folders[0])]) == 143  # after the first of four epochs
+    monkeypatch.setattr(train.Run, "save", save)
+    shutil.copytree(*folders)
+
+    def weights(folder):
+        model = torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
+        return torch.cat([v.flatten().double() for v in model.values()])
+
+    before = weights(folders[0])
+    for device, folder in zip(("cpu", "cuda"), folders):
+        assert train.main([*flags, "--out", str(folder), "--resume", "--device", device]) == 0
+    there, here = (weights(f) for f in folders)
+    assert (there - here).norm() < 0.2 * (here - before).norm()
 
 
 @pytest.mark.parametrize("flags, word", [
