@@ -171,11 +171,12 @@ def parse_args(argv=None):
     args.out = args.out or Path("runs", f"{args.data}-{args.arch}-{args.method}-{args.seed}")
     for name in ("epochs", "batch_size", "tau", "num_samples", "num_prior", "held_out", "eval_images",
                  "calibrate_images", "front_size", "image_size", "accumulate", "proposals", "visits", "candidates"):  # fmt: skip
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+        least = 2 if name == "image_size" else 1  # torch cannot resize to a single pixel
+        if getattr(args, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
     for name in ("lr", "weight_decay", "warmup_epochs", "beta", "workers", "save_minutes", "log_seconds", "seed"):
-        if not getattr(args, name) >= 0:
-            raise UserError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
+        if not 0 <= getattr(args, name) < 2**63:  # what a generator's seed can be; the others need only be finite
+            raise UserError(f"--{name.replace('_', '-')} must lie in [0, 2**63), got {getattr(args, name)}")
     if args.visits > args.proposals:
         raise UserError(f"--visits {args.visits} is more than --proposals {args.proposals}")
     if not 0 < args.lower <= 1:
