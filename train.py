@@ -59,7 +59,7 @@ RECIPES = {
         warmup_epochs=0.5, eval_images=64, calibrate_images=512, candidates=14, front_size=12,
     ),
     # mbv2's last maps are 1 x 1: BatchNorm averages over images alone. With 16 in each of 8 processes it hardly learned.
-    # Nor with three students a step: while labels say little, they drag the full network, whose weights they share, after them.
+    # Nor with three students a step: while labels teach little yet, they pull the full network, whose weights they share, along.
     "synthetic mbv2": dict(epochs=10, batch_size=256, lr=0.025, tau=16, num_samples=1, num_prior=8, eval_images=128),
     "fashion-mnist": dict(
         arch="resnet8", epochs=4, batch_size=32, lr=0.5, weight_decay=5e-4, tau=150, held_out=2500, image_size=28,
