@@ -1204,7 +1204,7 @@ def test_a_cpu_run_continues_on_the_gpu(tiny, tmp_path, monkeypatch):
     (["--method", "alone", "--widths", "1 2 x 1 1 1"], "--widths"), (["--widths", "1"], "--method alone"),
     (["--method", "slim", "--weights", "/nowhere"], "/nowhere"), (["--weights", "/nowhere"], "--weights is for"),
     (["--hold-widths"], "--hold-widths is for"), (["--smoothing", "1"], "--smoothing"),
-    (["--visits", "3"], "--visits 3 is more than --proposals 2"), (["--compare", "/nowhere"], "/nowhere"),
+    (["--visits", "3"], "--visits 3 is more than --proposals 1"), (["--compare", "/nowhere"], "/nowhere"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_exit_2(flags, word, tmp_path, capsys):
     out = [] if "--out" in flags else ["--out", str(tmp_path / "out")]
