@@ -1195,7 +1195,7 @@ def test_a_cpu_run_continues_on_the_gpu(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize("flags, word", [
     (["--epochs", "0"], "--epochs"), (["--tau", "0"], "--tau"), (["--num-samples", "0"], "--num-samples"),
     (["--lower", "0"], "--lower"), (["--lower", "1.5"], "--lower"), (["--lr", "-1"], "--lr"), (["--lr", "nan"], "--lr"),
-    (["--image-size", "1"], "at least 2"), (["--seed", "9" * 20], "2**63"), (["--lr", "inf"], "--lr"),
+    (["--image-size", "1"], "at least 2"), (["--seed", "9" * 20], str(2**63)), (["--lr", "inf"], "--lr"),
     (["--batch-size", "9000"], "9000"), (["--device", "abacus"], "abacus"), (["--data", "cifar10"], "--data-dir"),
     (["--data", "imagenet", "--data-dir", "/nowhere"], "/nowhere/train"), (["--eval-images", "99999"], "--eval-images"),
     (["--data", "cifar100", "--data-dir", "/nowhere"], "/nowhere"), (["--out", "/proc/no"], "/proc/no"),

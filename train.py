@@ -176,8 +176,9 @@ def parse_args(argv=None):
         if getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
     for name in ("lr", "weight_decay", "warmup_epochs", "beta", "workers", "save_minutes", "log_seconds", "seed"):
-        if not 0 <= getattr(args, name) < 2**63:  # what a generator's seed can be; the others need only be finite
-            raise UserError(f"--{name.replace('_', '-')} must lie in [0, 2**63), got {getattr(args, name)}")
+        limit = 2**63 if name == "seed" else math.inf
+        if not 0 <= getattr(args, name) < limit:
+            raise UserError(f"--{name.replace('_', '-')} must lie in [0, {limit}), got {getattr(args, name)}")
     if args.visits > args.proposals:
         raise UserError(f"--visits {args.visits} is more than --proposals {args.proposals}")
     if not 0 < args.lower <= 1:
