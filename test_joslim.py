@@ -1147,38 +1147,37 @@ def same_run(one, two):
     return (Path(one) / "front.csv").read_bytes() == (Path(two) / "front.csv").read_bytes()
 
 
+def run_until(step, flags, monkeypatch):
+    """Stops a run where it saves at this step."""
+    save = train.Run.save
+
+    def save_and_stop(run):
+        save(run)
+        if run.step == step:
+            raise train.Stopped("", 15)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "save", save_and_stop)
+        assert train.main(flags) == 143
+
+
 @pytest.mark.parametrize("method", ["joslim", "slim"])
 def test_resumed_run_is_the_unbroken_run(method, tiny, tmp_path, monkeypatch):
     flags = [*tiny, "--method", method]
     assert train.main([*flags, "--out", str(tmp_path / "whole")]) == 0
 
-    save = train.Run.save
-    for stop in (3, 6):  # in the middle of an epoch and of a round's widths; after an epoch
-
-        def save_and_stop(run):
-            save(run)
-            if run.step == stop:  # noqa: B023
-                raise train.Stopped("", 15)
-
-        monkeypatch.setattr(train.Run, "save", save_and_stop)
-        assert train.main([*flags, "--out", str(tmp_path / "parts"), "--resume", "--save-minutes", "0"]) == 143
-    monkeypatch.setattr(train.Run, "save", save)
-    assert train.main([*flags, "--out", str(tmp_path / "parts"), "--resume"]) == 0
+    flags += ["--out", str(tmp_path / "parts"), "--resume"]
+    for step in (3, 6):  # in the middle of an epoch and of a round's widths; after an epoch
+        run_until(step, [*flags, "--save-minutes", "0"], monkeypatch)
+    assert train.main(flags) == 0
     assert same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 @on_a_gpu
 def test_a_cpu_run_continues_on_the_gpu(tiny, tmp_path, monkeypatch):
     """Weights, and momentum with them, go on where they were: as on the CPU, but for the GPU's precision."""
-    flags, save, folders = [*tiny, "--method", "slim", "--no-amp"], train.Run.save, [tmp_path / d for d in ("cpu", "cuda")]
-
-    def save_and_stop(run):
-        save(run)
-        raise train.Stopped("", 15)
-
-    monkeypatch.setattr(train.Run, "save", save_and_stop)
-    assert train.main([*flags, "--out", str(folders[0])]) == 143  # after the first of four epochs
-    monkeypatch.setattr(train.Run, "save", save)
+    flags, folders = [*tiny, "--method", "slim", "--no-amp"], [tmp_path / d for d in ("cpu", "cuda")]
+    run_until(2, [*flags, "--out", str(folders[0])], monkeypatch)  # after the first of four epochs
     shutil.copytree(*folders)
 
     def weights(folder):
