@@ -343,13 +343,15 @@ def calibrate_bn(net: nn.Module, batches: Iterable[Tensor]) -> None:
         m.reset_running_stats()
     net.train()
     count = 0
-    for count, x in enumerate(batches, 1):
-        for m in norms:
-            m.momentum = 1 / count
-        net(x)
-    for m, momentum in zip(norms, momenta):
-        m.momentum = momentum
-    net.train(training)
+    try:
+        for count, x in enumerate(batches, 1):
+            for m in norms:
+                m.momentum = 1 / count
+            net(x)
+    finally:  # a momentum left behind would let training write the statistics
+        for m, momentum in zip(norms, momenta):
+            m.momentum = momentum
+        net.train(training)
     if count == 0:
         raise ValueError("batches: at least one is needed to calibrate BatchNorm")
 

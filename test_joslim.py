@@ -799,6 +799,9 @@ def test_calibration_is_the_statistics_by_hand():
         assert m.momentum == 0
     with pytest.raises(ValueError, match="batches"):
         joslim.calibrate_bn(net, [])
+    with pytest.raises(RuntimeError):  # images of the wrong kind, in the middle: training goes on as if nothing had been
+        joslim.calibrate_bn(net.eval(), [batches[0], torch.randn(5, 2, 16, 16)])
+    assert not net.training and all(m.momentum == 0 for m in net.modules() if isinstance(m, nn.BatchNorm2d))
 
 
 def test_weight_decay_skips_norms_and_biases():
