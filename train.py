@@ -228,6 +228,15 @@ class World:
                 store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
             dist.init_process_group(backend, timeout=patience, rank=self.rank, world_size=self.size, store=store)
 
+    @staticmethod
+    def leave():
+        """Ends the process group, where there is one."""
+        if dist.is_initialized():
+            # Until torch 2.8 this joins gloo's threads without letting go of Python's lock, which one that still
+            # drops the last call's tensor waits for (pytorch pull request 154976): leave it time to.
+            time.sleep(0.1)
+            dist.destroy_process_group()
+
     def mean(self, t):
         """The tensor's mean over processes, in place: one all-reduce."""
         if self.size > 1:
@@ -1194,8 +1203,7 @@ def main(argv=None):
             print(f"train.py: {e}", file=sys.stderr, flush=True)
         return e.code
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        World.leave()
     return 0
 
 
