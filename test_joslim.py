@@ -881,6 +881,10 @@ def two_processes(rank, port, out):
     torch.save({"grads": grads, "calls": calls}, f"{out}/{rank}.pt")
     spread = world.spread(torch.arange(5.0)[:, None], 2, lambda a: torch.cat([a, a**2], 1))
     assert spread.tolist() == [[i, i**2] for i in range(5)]
+    state = world.from_first(net.state_dict() if rank == 0 else None)
+    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
+    stored = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in state.values()}
+    assert sum(stored.values()) == sum(v.nbytes for v in state.values())  # views of one vector arrive as such
     world.leave()
     assert not torch.distributed.is_initialized()
 

@@ -245,12 +245,15 @@ class World:
         return t
 
     def from_first(self, value):
-        """Process 0's value, on every process."""
+        """Process 0's value, of tensors and plain values, on every process."""
         if self.size == 1:
             return value
-        box = [value]
+        raw = io.BytesIO()
+        if self.rank == 0:
+            torch.save(value, raw)  # one copy of what tensors share; pickle makes one for each view: GBs of MBs
+        box = [raw.getvalue()]
         dist.broadcast_object_list(box, device=self.device)
-        return box[0]
+        return torch.load(io.BytesIO(box[0]), weights_only=True)
 
     def spread(self, items, columns, fn):
         """fn(items) -> (len(items), columns), each process doing its share of the items; the whole on all."""
