@@ -65,10 +65,7 @@ RECIPES = {
         arch="resnet8", epochs=4, batch_size=32, lr=0.5, weight_decay=5e-4, tau=150, held_out=2500, image_size=28,
         num_samples=1, warmup_epochs=0.2, eval_images=125, calibrate_images=1024, candidates=24, front_size=16,
     ),
-    # 128 images for the same reason; and every step its own proposals, of which a round keeps one.
-    "fashion-mnist mbv2": dict(
-        batch_size=128, lr=0.05, warmup_epochs=0.5, tau=40, num_prior=10, proposals=40, visits=1, eval_images=64,
-    ),
+    "fashion-mnist mbv2": dict(lr=0.05),
     "cifar10": CIFAR,
     "cifar100": CIFAR,
     "imagenet": IMAGENET,
@@ -129,9 +126,9 @@ def parse_args(argv=None):
     p.add_argument("--tau", type=int, help=f"steps between proposals {recipe}")
     p.add_argument("--num-samples", type=int, metavar="M", help=f"sub-networks per step {recipe}")
     p.add_argument("--proposals", type=int, metavar="P",
-                   help="configurations proposed per round; steps take turns at them, M at a time (default: the recipe's, or M)")
+                   help="configurations proposed per round, at which the steps take turns, M at a time (default: M)")
     p.add_argument("--visits", type=int, metavar="V",
-                   help="how many of a round's proposals join the history, re-evaluated ever after (default: the recipe's, or P)")
+                   help="how many of a round's proposals join the history, to be re-evaluated ever after (default: P)")
     p.add_argument("--num-prior", type=int, metavar="N0", help=f"uniform proposals before the GP's {recipe}")
     p.add_argument("--beta", type=float, help=f"variance's weight in the acquisition {recipe}")
     p.add_argument("--smoothing", type=float,
