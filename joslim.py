@@ -261,11 +261,12 @@ def sandwich_step(
     amp: bool = False,
     scale: float = 1.0,
     teacher: Tensor | float = 1.0,
+    distill: bool = True,
 ) -> Tensor:
     """Adds up the gradients of one step: sandwich rule with in-place distillation (US-Nets, section 3).
 
     The full network learns from the labels; each of `widths` and the smallest network (`lower`
-    everywhere) from the full network's softmax. Clearing gradients before and stepping the optimiser
+    everywhere) from the full network's softmax, or without `distill` from the labels too. Clearing gradients before and stepping the optimiser
     after are the caller's, and so is the all-reduce: one, whatever the number of widths.
 
     Args:
@@ -276,6 +277,7 @@ def sandwich_step(
         scale: multiplies the loss before backward, 1 / k for one of k parts of a batch.
         teacher: the configuration that learns from the labels. With no `widths` and no `lower`, the
             step is an ordinary one of that configuration.
+        distill: False where training is too short for the full network to have much to teach.
     Returns the losses (len(widths) + 2,), detached, on x's device: full, widths, smallest.
     Raises ValueError for x and y that do not fit together or lie elsewhere than the network. Their
     values are not looked at: on a GPU that would mean waiting for it.
@@ -295,8 +297,9 @@ def sandwich_step(
 
     losses = []
     soft = learn(teacher, y, label_smoothing).float().softmax(1)
+    target = (soft,) if distill else (y, label_smoothing)
     for a in (*widths, *([] if lower is None else [lower])):
-        learn(a, soft)
+        learn(a, *target)
     return torch.stack(losses)
 
 

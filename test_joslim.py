@@ -705,18 +705,19 @@ def test_parts_of_a_batch_make_its_gradient():
     torch.testing.assert_close(sum(parts) / 4, losses)
 
 
-def test_sandwich_gradient_is_the_sum():
+@pytest.mark.parametrize("distill", [True, False])
+def test_sandwich_gradient_is_the_sum(distill):
     torch.manual_seed(0)
     net = models.build("resnet8", 6, 16).double()
     x, y = torch.randn(8, 3, 16, 16).double(), torch.randint(6, (8,))
     widths = torch.stack([widths_for(net, s, LOWER) for s in range(2)])
-    losses = joslim.sandwich_step(net, x, y, widths, LOWER, label_smoothing=0.1)
+    losses = joslim.sandwich_step(net, x, y, widths, LOWER, label_smoothing=0.1, distill=distill)
     total = {n: torch.zeros_like(p) for n, p in net.named_parameters()}
     teacher, expected = None, []
     for a in (torch.ones(net.num_widths), *widths, torch.full((net.num_widths,), LOWER)):
         plain = net.extract(a)  # each pass by itself, in a plain network
         logits = plain(x)
-        if teacher is None:
+        if teacher is None or not distill:
             loss = nn.CrossEntropyLoss(label_smoothing=0.1)(logits, y)
             teacher = logits.detach().softmax(1)
         else:
@@ -1058,7 +1059,7 @@ def tiny(tmp_path_factory):
 @pytest.mark.parametrize("flags", [
     ["--method", "slim"], ["--method", "twostage"], ["--cost", "memory"], ["--cost", "params"], ["--random-lambda"],
     ["--amp"], ["--method", "slim", "--hold-widths", "--tau", "2"], ["--accumulate", "4"],
-    ["--proposals", "6", "--visits", "2", "--tau", "2"],
+    ["--proposals", "6", "--visits", "2", "--tau", "2"], ["--no-distillation"],
 ])  # fmt: skip
 def test_methods_and_costs(flags, tiny, tmp_path):
     assert train.main([*tiny, *flags, "--out", str(tmp_path)]) == 0

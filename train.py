@@ -42,7 +42,7 @@ from joslim import calibrate_bn, evaluate, pareto_front, sandwich_step, shortlis
 # Defaults per data set, and per data set and arch; the command line overrules both.
 # lr is for a batch of 256 and scales with --batch-size.
 COMMON = dict(
-    num_samples=2, num_prior=20, beta=0.1, lower=0.42, warmup_epochs=5.0, label_smoothing=0.0,
+    num_samples=2, num_prior=20, beta=0.1, lower=0.42, warmup_epochs=5.0, label_smoothing=0.0, distillation=True,
     smoothing=0.7, eval_images=512, calibrate_images=2048, candidates=60, front_size=20,
 )  # fmt: skip
 CIFAR = dict(
@@ -120,7 +120,9 @@ def parse_args(argv=None):
     p.add_argument("--lr", type=float, help=f"peak learning rate at batch 256; scaled by batch / 256 {recipe}")
     p.add_argument("--weight-decay", type=float, help=f"not on BatchNorm and biases {recipe}")
     p.add_argument("--warmup-epochs", type=float, help=f"linear warm-up {recipe}")
-    p.add_argument("--label-smoothing", type=float, help=f"for the full network {recipe}")
+    p.add_argument("--label-smoothing", type=float, help=f"for those that learn from the labels {recipe}")
+    p.add_argument("--distillation", action=argparse.BooleanOptionalAction,
+                   help=f"sub-networks learn from the full network's outputs; without, from the labels, as it does {recipe}")
     p.add_argument("--accumulate", type=int, default=1, metavar="K",
                    help="split each process's batch into K parts, one after another: less memory (default: %(default)s)")
     p.add_argument("--tau", type=int, help=f"steps between proposals {recipe}")
@@ -854,7 +856,7 @@ class Run:
         args = self.args
         passes = (widths, args.lower) if args.method != "alone" else ([], None)
         how = dict(label_smoothing=args.label_smoothing, amp=args.amp, scale=1 / args.accumulate,
-                   teacher=1.0 if args.method != "alone" else self.alone)  # fmt: skip
+                   distill=args.distillation, teacher=1.0 if args.method != "alone" else self.alone)  # fmt: skip
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.data.steps, args)
         self.grads.zero_()
