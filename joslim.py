@@ -266,8 +266,9 @@ def sandwich_step(
     """Adds up the gradients of one step: sandwich rule with in-place distillation (US-Nets, section 3).
 
     The full network learns from the labels; each of `widths` and the smallest network (`lower`
-    everywhere) from the full network's softmax, or without `distill` from the labels too. Clearing gradients before and stepping the optimiser
-    after are the caller's, and so is the all-reduce: one, whatever the number of widths.
+    everywhere) from the full network's softmax, or without `distill` from the labels too. Clearing
+    gradients before and stepping the optimiser after are the caller's, and so is the all-reduce: one,
+    whatever the number of widths.
 
     Args:
         x, y: images (b, c, h, w) and class indices (b,).
