@@ -1353,6 +1353,8 @@ def test_checkpoints_of_something_else(tmp_path, capsys):
     torch.save({k: v for k, v in good.items() if k != "settings"}, path)
     refused("it lacks settings")
     refused("it lacks settings", "--method", "slim", "--weights", str(path))
+    torch.save(good | {"step": good["steps"] - 1}, path)
+    refused(f"at step {good['steps'] - 1} of {good['steps']}", "--method", "slim", "--weights", str(path))
 
 
 def test_divergence_stops_before_the_checkpoint(tiny, tmp_path, capsys):

@@ -76,7 +76,7 @@ FREE = {"out", "resume", "weights", "device", "data_dir", "workers", "save_minut
 
 COSTS = "flops", "params", "memory"
 
-FORMAT = 4  # of checkpoints
+FORMAT = 5  # of checkpoints
 PREVIOUS = "checkpoint.previous.pt"
 
 
@@ -628,7 +628,7 @@ def read_checkpoint(path):
     state = torch.load(path, map_location="cpu", weights_only=True)
     if state["format"] != FORMAT:
         raise ValueError(f"its format is {state['format']}, this code's {FORMAT}")
-    missing = {"settings", "network", "model", "optimizer", "sampler", "step", "widths", "seconds"} - state.keys()
+    missing = {"settings", "network", "model", "optimizer", "sampler", "step", "steps", "widths", "seconds"} - state.keys()
     if missing:
         raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     return state
@@ -644,6 +644,9 @@ def load_weights(args):
         mine, theirs = getattr(args, name), state["settings"].get(name)
         if mine != theirs:
             raise UserError(f"--weights {args.weights}: trained with --{name.replace('_', '-')} {theirs}, not {mine}")
+    if state["step"] < state["steps"]:  # finished weights are what a two-stage method searches
+        raise UserError(f"--weights {args.weights}: its run is at step {state['step']} of {state['steps']}; "
+                        "finish that first (--resume)")  # fmt: skip
     return state
 
 
@@ -752,9 +755,10 @@ class Run:
         self.clock()
         if self.world.rank == 0:
             state = {
-                "format": FORMAT, "settings": settings(self.args), "network": self.network, "step": self.step,
+                "format": FORMAT, "settings": settings(self.args), "network": self.network,
+                "step": self.step, "steps": self.steps, "seconds": self.seconds,
                 "model": self.net.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "sampler": self.sampler.state_dict(), "widths": self.widths, "seconds": self.seconds,
+                "sampler": self.sampler.state_dict(), "widths": self.widths,
             }  # fmt: skip
             raw = io.BytesIO()  # torch.save reports a full disk in many ways, a plain write in one
             torch.save(state, raw)
