@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gp import GP, chebyshev, check, optimize_acquisition, ucb
+from gp import GP, chebyshev, optimize_acquisition, require, require_values, ucb
 
 # ------------------------------------------------------------------------------ width samplers
 
@@ -43,20 +43,17 @@ class RandomWidths:
     ready = False  # it does not look at losses, so nothing need be evaluated for it
 
     def __init__(self, dim: int, lower: float = 0.42, seed: int = 0):
-        if dim < 1:
-            raise ValueError(f"dim must be at least 1, got {dim}")
-        if not 0 < lower <= 1:
-            raise ValueError(f"lower must lie in (0, 1], got {lower}")
+        require(dim >= 1, f"dim must be at least 1, got {dim}")
+        require(0 < lower <= 1, f"lower must lie in (0, 1], got {lower}")
         self.dim, self.lower = dim, lower
         self.generator = torch.Generator().manual_seed(seed)
 
     def rand(self, m: int, *shape: int) -> Tensor:
-        if m < 1:
-            raise ValueError(f"m must be at least 1, got {m}")
+        require(m >= 1, f"m must be at least 1, got {m}")
         return torch.rand(m, *shape, generator=self.generator, dtype=torch.float64)
 
-    def sample(self, m: int) -> Tensor:
-        """m configurations (m, d), float64, in [lower, 1]. Raises ValueError for m below 1."""
+    def sample(self, m: int, keep: int | None = None) -> Tensor:
+        """m configurations (m, d), float64, in [lower, 1], none of which is kept. Raises ValueError for m below 1."""
         return self.lower + (1 - self.lower) * self.rand(m, self.dim)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -70,8 +67,8 @@ class RandomWidths:
 class UniformWidths(RandomWidths):
     """a = u * 1 with u ~ U[lower, 1], one width for the whole network: US-Nets (Yu & Huang 2019)."""
 
-    def sample(self, m: int) -> Tensor:
-        """m configurations (m, d), float64, in [lower, 1]. Raises ValueError for m below 1."""
+    def sample(self, m: int, keep: int | None = None) -> Tensor:
+        """m configurations (m, d), float64, in [lower, 1], none of which is kept. Raises ValueError for m below 1."""
         return (self.lower + (1 - self.lower) * self.rand(m, 1)).expand(m, self.dim).clone()
 
 
@@ -91,12 +88,11 @@ class Joslim(UniformWidths):
         cost: maps a (..., d) to cost ratios (...,) to the full network's; takes `relaxed=True` for
             a version differentiable in a. Must grow with every width.
         beta: weight of the GP's variance in the (optimistic) acquisition.
-        smoothing: how much of a configuration's former loss, less what all losses fell by, stays in
-            it when it is observed again. Averages out the noise of small batches; 0 takes each new
-            loss as it is.
+        ema: share of a configuration's former loss, moved by what all losses moved by, that stays
+            when it is observed again. Averages out the noise of small batches; 0 keeps none.
 
     Attributes, both of which may be assigned:
-        widths: (n, d) all configurations so far, float64.
+        widths: (n, d) the history: all configurations proposed so far, float64.
         losses: (n,) their losses as last observed; nan where there is none, and the GP leaves those out.
     """
 
@@ -109,17 +105,13 @@ class Joslim(UniformWidths):
         beta: float = 0.1,
         seed: int = 0,
         targeted: bool = True,
-        smoothing: float = 0.0,
+        ema: float = 0.0,
     ):
         super().__init__(dim, lower, seed)
-        if num_prior < 1:
-            raise ValueError(f"num_prior must be at least 1, got {num_prior}")
-        if not beta >= 0:
-            raise ValueError(f"beta must not be negative, got {beta}")
-        if not 0 <= smoothing < 1:
-            raise ValueError(f"smoothing must lie in [0, 1), got {smoothing}")
-        self.cost, self.num_prior, self.beta, self.targeted = cost, num_prior, beta, targeted
-        self.smoothing = smoothing
+        require(num_prior >= 1, f"num_prior must be at least 1, got {num_prior}")
+        require(beta >= 0, f"beta must not be negative, got {beta}")
+        require(0 <= ema < 1, f"ema must lie in [0, 1), got {ema}")
+        self.cost, self.num_prior, self.beta, self.targeted, self.ema = cost, num_prior, beta, targeted, ema
         self.widths = torch.empty(0, dim, dtype=torch.float64)
         self.losses = torch.empty(0, dtype=torch.float64)
         self.hyper = None  # the GP's last hyperparameters, from which the next fit starts
@@ -139,17 +131,17 @@ class Joslim(UniformWidths):
         n = len(self.widths)
         losses = torch.as_tensor(losses)
         where = torch.arange(n) if where is None else torch.as_tensor(where).cpu()
-        if losses.is_complex() or where.dtype != torch.int64:
-            raise ValueError(f"losses, where: expected real values and int64, got {losses.dtype} and {where.dtype}")
-        if losses.shape != where.shape or losses.ndim != 1:
-            raise ValueError(f"losses: expected shape {tuple(where.shape)}, got {tuple(losses.shape)}")
-        if len(where) and not 0 <= where.min() <= where.max() < n:
-            raise ValueError(f"where: expected indices from 0 to {n - 1}, got {where.min()} to {where.max()}")
+        usable = not losses.is_complex() and where.dtype == torch.int64
+        require(usable, f"losses, where: expected real values and int64, got {losses.dtype} and {where.dtype}")
+        fits = losses.ndim == 1 and losses.shape == where.shape
+        require(fits, f"losses: expected shape {tuple(where.shape)}, got {tuple(losses.shape)}")
+        inside = ((where >= 0) & (where < n)).all()
+        require(inside, f"where: expected indices from 0 to {n - 1}")
         where, new = where.to(self.losses.device), losses.to(self.losses)
         change = new - self.losses[where]
         again = change.isfinite()
         if again.any():
-            new = torch.where(again, new - self.smoothing * (change - change[again].mean()), new)
+            new = torch.where(again, new - self.ema * (change - change[again].mean()), new)
         self.losses = self.losses.index_copy(0, where, new)
 
     def sample(self, m: int, keep: int | None = None) -> Tensor:
@@ -158,8 +150,7 @@ class Joslim(UniformWidths):
         Raises ValueError for m below 1 or keep outside [1, m].
         """
         keep = m if keep is None else keep
-        if m >= 1 and not 1 <= keep <= m:
-            raise ValueError(f"keep must lie in [1, {m}], got {keep}")
+        require(m < 1 or 1 <= keep <= m, f"keep must lie in [1, {m}], got {keep}")
         new = self.propose(m) if self.ready else super().sample(m)
         added = new[:keep]
         if len(self.widths) < self.num_prior <= len(self.widths) + keep:
@@ -174,13 +165,12 @@ class Joslim(UniformWidths):
 
         Raises ValueError if `widths` and `losses` do not fit together, a width is not finite or all losses are not.
         """
-        check("widths", self.widths, None, self.dim)
-        if self.losses.shape != self.widths.shape[:1] or self.losses.device != self.widths.device:
-            raise ValueError(f"losses: expected shape ({len(self.widths)},) on {self.widths.device}, got "
-                             f"{tuple(self.losses.shape)} on {self.losses.device}")  # fmt: skip
+        require_values("widths", self.widths, None, self.dim)
+        fits = self.losses.shape == self.widths.shape[:1] and self.losses.device == self.widths.device
+        require(fits, f"losses: expected shape ({len(self.widths)},) on {self.widths.device}, "
+                      f"got {tuple(self.losses.shape)} on {self.losses.device}")  # fmt: skip
         known = self.losses.isfinite()
-        if not known.any():
-            raise ValueError("losses: none is finite; observe() the history's losses before sample()")
+        require(known.any(), "losses: none is finite; observe() the history's losses before sample()")
         widths = self.widths[known].double()
         model = GP(self.unit(widths), self.losses[known], self.hyper).fit()
         self.hyper = model.hyper
@@ -194,8 +184,8 @@ class Joslim(UniformWidths):
             part = torch.randperm(m, generator=self.generator)
             smallest = self.cost(widths.new_full((self.dim,), self.lower))
             target = smallest + (1 - smallest) * ((part + self.rand(m)) / m).to(widths)
-            best = self.minimize(lambda a: acquisition(self.at_cost(a, target)), m, near)
-            return self.at_cost(best, target)
+            best = self.minimize(lambda a: acquisition(self.project_to_cost(a, target)), m, near)
+            return self.project_to_cost(best, target)
 
         # Lambda uniform, both objectives scaled to [0, 1] over what is known, from the ideal point 0.
         weight = self.rand(m).to(widths)
@@ -212,26 +202,30 @@ class Joslim(UniformWidths):
         raw = 256 if self.lower < 1 else 1
         return optimize_acquisition(fn, self.lower, 1.0, self.dim, m, starts, raw, generator=self.generator)[0]
 
-    def at_cost(self, a: Tensor, target: Tensor) -> Tensor:
+    def project_to_cost(self, a: Tensor, target: Tensor) -> Tensor:
         """Widens or narrows all layers of a (..., m, d) alike, within the box, until they cost target (m,).
 
-        Differentiable in a (implicit function theorem), so that minimising fn(at_cost(a)) over the
-        box is minimising fn on the surface of that cost.
+        Differentiable in a, so that minimising fn(project_to_cost(a)) over the box is minimising fn on the
+        surface of that cost: where s solves C(clip(a + s)) = target, the implicit function theorem gives
+
+            ds/da = -grad C / (1' grad C),        grad C the gradient of C(clip(a + s)) in a.
+
+        Eight bisections come near s. The Newton step from there, -(C - target) / (1' grad C), lands on it, and
+        its own gradient is that very expression: it carries value and gradient. (Bisecting until nothing is
+        left to land, some 20 times, takes a quarter more of a proposal's time.)
         """
         with torch.no_grad():
             low, high = (torch.full_like(a[..., :1], s * (1 - self.lower)) for s in (-1, 1))
-            for _ in range(8):  # bisection: the cost grows with the shift
+            for _ in range(8):  # the cost grows with the shift
                 shift = (low + high) / 2
                 below = self.cost(self.box(a + shift), relaxed=True)[..., None] < target[..., None]
                 low, high = torch.where(below, shift, low), torch.where(below, high, shift)
-        # One Newton step from there lands on the surface and carries the gradient.
         with torch.enable_grad():
             shift.requires_grad_()
             excess = self.cost(self.box(a + shift), relaxed=True) - target
-            (slope,) = torch.autograd.grad(excess.sum(), shift, retain_graph=a.requires_grad)
-        shift = shift.detach()
+            (slope,) = torch.autograd.grad(excess.sum(), shift, retain_graph=a.requires_grad)  # 1' grad C
         newton = -excess[..., None] / slope.clamp_min(1e-9)
-        return self.box(a + (shift + newton).clamp(low, high))
+        return self.box(a + (shift.detach() + newton).clamp(low, high))
 
     def box(self, a: Tensor) -> Tensor:
         return a.clamp(self.lower, 1)
@@ -256,38 +250,35 @@ def sandwich_step(
     x: Tensor,
     y: Tensor,
     widths: Iterable[Tensor],
-    lower: float | None = 0.42,
+    lower: float = 0.42,
     label_smoothing: float = 0.0,
     amp: bool = False,
     scale: float = 1.0,
-    teacher: Tensor | float = 1.0,
     distill: bool = True,
 ) -> Tensor:
     """Adds up the gradients of one step: sandwich rule with in-place distillation (US-Nets, section 3).
 
     The full network learns from the labels; each of `widths` and the smallest network (`lower`
-    everywhere) from the full network's softmax, or without `distill` from the labels too. Clearing
-    gradients before and stepping the optimiser after are the caller's, and so is the all-reduce: one,
-    whatever the number of widths.
+    everywhere) from the full network's softmax. Clearing gradients before and stepping the optimiser
+    after are the caller's, and so is the all-reduce: one, whatever the number of widths.
 
     Args:
         x, y: images (b, c, h, w) and class indices (b,).
         widths: configurations, each (d,).
-        lower: the smallest network's width; None leaves it out.
+        label_smoothing: for those that learn from the labels.
         amp: bfloat16 autocast in the forward passes.
         scale: multiplies the loss before backward, 1 / k for one of k parts of a batch.
-        teacher: the configuration that learns from the labels. With no `widths` and no `lower`, the
-            step is an ordinary one of that configuration.
-        distill: False where training is too short for the full network to have much to teach.
+        distill: False lets all networks learn from the labels: for trainings too short for the full
+            network to have much to teach.
     Returns the losses (len(widths) + 2,), detached, on x's device: full, widths, smallest.
     Raises ValueError for x and y that do not fit together or lie elsewhere than the network. Their
     values are not looked at: on a GPU that would mean waiting for it.
     """
-    _check_batch(net, x, y)
-    if not 0 <= label_smoothing < 1 or not math.isfinite(scale):
-        raise ValueError(f"label_smoothing, scale: expected one in [0, 1) and a finite one, got {label_smoothing}, {scale}")
+    _require_batch(net, x, y)
+    require(0 <= label_smoothing < 1, f"label_smoothing must lie in [0, 1), got {label_smoothing}")
+    require(math.isfinite(scale), f"scale must be finite, got {scale}")
 
-    def learn(a, target, smoothing=0.0):
+    def backward(a, target, smoothing=0.0):
         net.set_widths(a)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
             logits = net(x)
@@ -297,22 +288,20 @@ def sandwich_step(
         return logits.detach()
 
     losses = []
-    soft = learn(teacher, y, label_smoothing).float().softmax(1)
+    soft = backward(1.0, y, label_smoothing).float().softmax(1)
     target = (soft,) if distill else (y, label_smoothing)
-    for a in (*widths, *([] if lower is None else [lower])):
-        learn(a, *target)
+    for a in (*widths, lower):
+        backward(a, *target)
     return torch.stack(losses)
 
 
-def _check_batch(net, x, y):
+def _require_batch(net, x, y):
     home = next(net.parameters(), x).device
-    if x.device != home:
-        raise ValueError(f"x: expected on {home}, where the network is; got on {x.device}")
-    if not x.is_floating_point() or len(x) == 0:
-        raise ValueError(f"x: expected at least one image, of floating point; got {tuple(x.shape)}, {x.dtype}")
-    if y.shape != x.shape[:1] or y.dtype != torch.int64 or y.device != x.device:
-        raise ValueError(f"y: expected class indices ({len(x)},), int64, on {x.device}; "
-                         f"got {tuple(y.shape)}, {y.dtype}, on {y.device}")  # fmt: skip
+    require(x.device == home, f"x: expected on {home}, where the network is; got on {x.device}")
+    usable = x.is_floating_point() and len(x) > 0
+    require(usable, f"x: expected at least one image, of floating point; got {tuple(x.shape)}, {x.dtype}")
+    fits = y.shape == x.shape[:1] and y.dtype == torch.int64 and y.device == home
+    require(fits, f"y: expected class indices ({len(x)},), int64, on {home}; got {tuple(y.shape)}, {y.dtype}, on {y.device}")
 
 
 @torch.no_grad()
@@ -322,7 +311,7 @@ def evaluate(net: nn.Module, widths: Iterable[Tensor], x: Tensor, y: Tensor, amp
     Weights and running statistics stay as they are (`models.BatchNorm2d` does not track in
     training); the widths stay at the last configuration. Raises ValueError as `sandwich_step`.
     """
-    _check_batch(net, x, y)
+    _require_batch(net, x, y)
     training = net.training
     net.train()
     losses = []
@@ -356,8 +345,7 @@ def calibrate_bn(net: nn.Module, batches: Iterable[Tensor]) -> None:
         for m, momentum in zip(norms, momenta):
             m.momentum = momentum
         net.train(training)
-    if count == 0:
-        raise ValueError("batches: at least one is needed to calibrate BatchNorm")
+    require(count > 0, "batches: at least one is needed to calibrate BatchNorm")
 
 
 # ------------------------------------------------------------------------------ the front
@@ -369,7 +357,7 @@ def pareto_front(loss: Tensor, cost: Tensor) -> Tensor:
     Of equal pairs the first is kept. A loss that is nan or infinite is dominated by all. Raises
     ValueError for shapes that differ or a cost that is not finite.
     """
-    _check_pairs(loss, cost)
+    _require_pairs(loss, cost)
     loss = loss.nan_to_num(torch.inf, torch.inf)
     order = loss.argsort(stable=True)
     order = order[cost[order].argsort(stable=True)]
@@ -378,10 +366,10 @@ def pareto_front(loss: Tensor, cost: Tensor) -> Tensor:
     return order[ranked < cheaper_best]
 
 
-def _check_pairs(loss, cost):
-    if loss.ndim != 1 or loss.is_complex():
-        raise ValueError(f"loss: expected shape (n,), real, got {tuple(loss.shape)}, {loss.dtype}")
-    check("cost", cost, len(loss), device=loss.device)
+def _require_pairs(loss, cost):
+    usable = loss.ndim == 1 and not loss.is_complex()
+    require(usable, f"loss: expected shape (n,), real, got {tuple(loss.shape)}, {loss.dtype}")
+    require_values("cost", cost, len(loss), device=loss.device)
 
 
 def shortlist(loss: Tensor, cost: Tensor, k: int) -> Tensor:
@@ -390,9 +378,8 @@ def shortlist(loss: Tensor, cost: Tensor, k: int) -> Tensor:
     Whole fronts are taken one after the other, each of what the earlier ones left. Those whose loss
     is nan or infinite come first: nothing is known against them. Raises ValueError as `pareto_front`.
     """
-    _check_pairs(loss, cost)
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+    _require_pairs(loss, cost)
+    require(k >= 1, f"k must be at least 1, got {k}")
     chosen = (~loss.isfinite()).nonzero()[:, 0]
     left = loss.isfinite().nonzero()[:, 0]
     while len(chosen) < k and len(left):
@@ -411,13 +398,11 @@ def front_area(loss: Tensor, cost: Tensor, low: float | None = None, high: float
     budget, so a lower `low` raises ValueError, as does one above `high`, or no finite loss.
     """
     front = pareto_front(loss, cost)
-    if len(front) == 0:
-        raise ValueError("loss: none is finite")
+    require(len(front) > 0, "loss: none is finite")
     loss, cost = loss[front].double(), cost[front].double()
     low = cost[0].item() if low is None else low
-    if low < cost[0]:
-        raise ValueError(f"low: no configuration costs as little as {low:g}; the cheapest costs {cost[0].item():g}")
-    if not low <= high:
-        raise ValueError(f"low, high: expected low <= high, got {low:g} and {high:g}")
+    cheapest = cost[0].item()
+    require(low >= cheapest, f"low: no configuration costs as little as {low:g}; the cheapest costs {cheapest:g}")
+    require(low <= high, f"low, high: expected low <= high, got {low:g} and {high:g}")
     edges = torch.cat([cost, cost.new_tensor([high])]).clamp(low, high)
     return (loss * edges.diff()).sum().item()

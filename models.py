@@ -43,8 +43,8 @@ class WidthGroup:
         self.fixed = fixed
 
 
-def leading(t: Tensor, *sizes: int) -> Tensor:
-    """The leading block of `t`; `t` itself where nothing is cut, since a cut costs a copy in the backward pass."""
+def first_channels(t: Tensor, *sizes: int) -> Tensor:
+    """The first `sizes` of `t`'s first dimensions; `t` itself where nothing is cut: a cut costs a copy in backward."""
     if t.shape[: len(sizes)] == sizes:
         return t
     if t.ndim == 1:
@@ -67,9 +67,9 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x):
         i, o = (1 if self.depthwise else self.reads.active), self.writes.active
-        bias = None if self.bias is None else leading(self.bias, o)
+        bias = None if self.bias is None else first_channels(self.bias, o)
         groups = o if self.depthwise else 1
-        return F.conv2d(x, leading(self.weight, o, i), bias, self.stride, self.padding, 1, groups)
+        return F.conv2d(x, first_channels(self.weight, o, i), bias, self.stride, self.padding, 1, groups)
 
     def plain(self):
         i, o = self.reads.active, self.writes.active
@@ -91,8 +91,8 @@ class BatchNorm2d(nn.BatchNorm2d):
     def forward(self, x):
         n = self.writes.active
         tracked = (self.running_mean, self.running_var) if self.momentum or not self.training else ()
-        mean, var = (leading(t, n) for t in tracked) if tracked else (None, None)
-        weight, bias = leading(self.weight, n), leading(self.bias, n)
+        mean, var = (first_channels(t, n) for t in tracked) if tracked else (None, None)
+        weight, bias = first_channels(self.weight, n), first_channels(self.bias, n)
         return F.batch_norm(x, mean, var, weight, bias, self.training, self.momentum, self.eps)
 
     def plain(self):
@@ -107,7 +107,7 @@ class Linear(nn.Linear):
         self.reads, self.writes = reads, WidthGroup(out_features, fixed=True)
 
     def forward(self, x):
-        return F.linear(x, leading(self.weight, self.out_features, self.reads.active), self.bias)
+        return F.linear(x, first_channels(self.weight, self.out_features, self.reads.active), self.bias)
 
     def plain(self):
         return nn.Linear(self.reads.active, self.out_features)
@@ -141,7 +141,8 @@ class Slimmable(nn.Sequential):
         self.groups, self.names = list(names), list(names.values())
         self.num_widths = len(self.groups)
         self._max = torch.tensor([g.max for g in self.groups], dtype=torch.float64)
-        self._flops, self._params, self._live = _watch(self, image)
+        self._flops, self._params = _weight_tables(self, image)
+        self._live = _activation_table(self, image)
 
     def set_widths(self, a: Tensor | float) -> None:
         """Run at configuration `a` (d,) in (0, 1]^d from now on; a float sets every group alike.
@@ -227,86 +228,103 @@ def _with_one(c):
     return F.pad(c, (0, 1), value=1.0)
 
 
-class _Ops(TorchDispatchMode):
-    """Logs the activations that each operation reads and writes, and whose channels they carry."""
+# ------------------------------------------------------------------------------ cost tables
 
-    def __init__(self, image, group, weights):
-        super().__init__()
-        self.weights = {w.untyped_storage()._cdata for w in weights}
-        self.owner = {self.key(image): (group, image.numel())}
-        self.log, self.keep = [], [image]  # kept alive, so that no storage's address comes twice
 
-    def key(self, t):
-        return t.untyped_storage()._cdata
-
-    def own(self, t, group):
-        self.owner[self.key(t)] = group, t.numel()
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        out = op(*args, **(kwargs or {}))
-        tensors = [t for t in tree_flatten((args, out))[0] if isinstance(t, Tensor)]
-        # Statistics are vectors and pooling's indices integers: neither is an activation.
-        active = [t for t in tensors if t.ndim > 1 and t.is_floating_point() and self.key(t) not in self.weights]
-        for t in active:
-            if self.key(t) not in self.owner:  # a pooling's output, say: the channels of its input
-                self.own(t, self.owner[self.key(active[0])][0])
-        self.keep += tensors
-        self.log.append([self.key(t) for t in active])
-        return out
+def _meta_state(net):
+    return {k: v.to("meta") for k, v in (*net.named_parameters(), *net.named_buffers())}
 
 
 @torch.no_grad()
-def _watch(net, image):
-    """The cost tables of `net`, from one forward pass on the meta device (no arithmetic is done).
-
-    Channel counts c are followed by a 1. FLOPs and parameters are c' Q c; activations alive at one
-    time are the rows of a matrix times c.
-    """
-    d = net.num_widths
-    place = {g: i for i, g in enumerate(net.groups)}
-    flops, params = (torch.zeros(d + 1, d + 1, dtype=torch.float64) for _ in range(2))
-
-    def term(group):  # where a group's count stands in (c, 1), and what multiplies it there
-        return (place[group], 1) if group in place else (d, group.max if group else 1)
-
-    def note(layer, _, out):
-        ops.own(out, layer.writes)
-        calls.append((layer, out))
-
-    training, calls = net.training, []
-    state = {k: v.to("meta") for k, v in (*net.named_parameters(), *net.named_buffers())}
-    x = torch.empty(1, *image, device="meta")
-    ops = _Ops(x, WidthGroup(image[0], fixed=True), state.values())
-    hooks = [m.register_forward_hook(note) for m in net.modules() if isinstance(m, LAYERS)]
-    with ops:
-        torch.func.functional_call(net.eval(), state, x)
-    for hook in hooks:
-        hook.remove()
+def _forward_on_meta(net, state, x, hook):
+    """A forward pass in which no arithmetic is done; hook(layer, inputs, output) is told of every slimmable layer."""
+    training, hooks = net.training, [m.register_forward_hook(hook) for m in net.modules() if isinstance(m, LAYERS)]
+    torch.func.functional_call(net.eval(), state, x)
     net.train(training)
+    for h in hooks:
+        h.remove()
 
-    for layer, out in calls:
+
+def _place(net, group):
+    """Where a group's count stands in (c, 1), and its factor there; a fixed group's (None: no group's) is in the 1."""
+    return (net.groups.index(group), 1) if group in net.groups else (net.num_widths, group.max if group else 1)
+
+
+def _weight_tables(net, image):
+    """FLOPs and parameters as matrices Q: with c the channel counts followed by a 1, each is c' Q c."""
+    flops, params = (torch.zeros(2 * [net.num_widths + 1], dtype=torch.float64) for _ in range(2))
+
+    def count(layer, _, out):
         for p in layer.parameters(recurse=False):
             matrix = p.ndim > 1  # a vector's size, like a depthwise kernel's, goes with one group only
             reads = layer.reads if matrix and not getattr(layer, "depthwise", False) else None
-            (i, m), (j, n) = term(reads), term(layer.writes)
+            (i, m), (j, n) = _place(net, reads), _place(net, layer.writes)
             size = m * n * (p[0, 0].numel() if matrix else 1)
             params[i, j] += size
             if matrix:
                 flops[i, j] += size * out[0, 0].numel()
 
-    first, last = {}, {}
-    for step, keys in enumerate(ops.log):
-        for k in keys:
-            first.setdefault(k, step)
-            last[k] = step
-    live = torch.zeros(len(ops.log), d + 1, dtype=torch.float64)
-    for k, step in first.items():
-        group, numel = ops.owner[k]
-        i, m = term(group)
-        live[step : last[k] + 1, i] += m * numel // group.max
-    live = live.unique(dim=0)
-    below = (live[:, None] <= live[None]).all(-1).sum(1) > 1  # never the largest: another row is above it
-    return flops, params, live[~below]
+    _forward_on_meta(net, _meta_state(net), torch.empty(1, *image, device="meta"), count)
+    return flops, params
+
+
+class _Lifetimes(TorchDispatchMode):
+    """From which operation to which each activation lives, its size, and the group whose channels it carries.
+
+    A ResNet block, whose ReLUs and addition work in place. What is alive in a column is in memory at once:
+
+                   conv1   bn1   relu  conv2   bn2    add
+        x            |------------------------------------|     the shortcut waits for the addition
+        conv1(x)     |-------|
+        bn1(...)             |-------------|
+        conv2(...)                         |-------|
+        bn2(...)                                   |------|
+    """
+
+    def __init__(self, weights):
+        super().__init__()
+        self.weights = {self.storage(w) for w in weights}
+        self.lives, self.operation = {}, 0  # storage -> [group, numel, first operation, last operation]
+        self.seen = []  # kept alive, so that no storage's address comes twice
+
+    def storage(self, t):
+        return t.untyped_storage()._cdata
+
+    def meet(self, t, group):
+        life = self.lives.setdefault(self.storage(t), [group, t.numel(), self.operation, self.operation])
+        life[3] = self.operation
+        self.seen.append(t)
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        tensors = [t for t in tree_flatten((args, out))[0] if isinstance(t, Tensor)]
+        # Statistics are vectors and pooling's indices integers: neither is an activation.
+        active = [t for t in tensors if t.ndim > 1 and t.is_floating_point() and self.storage(t) not in self.weights]
+        for t in active:  # an output has its input's channels (a pooling's, say), unless a layer's hook knows better
+            self.meet(t, self.lives[self.storage(active[0])][0])
+        self.seen += tensors
+        self.operation += 1
+        return out
+
+
+def _activation_table(net, image):
+    """Rows, of which the largest product with (c, 1) is the number of activation values alive at one time."""
+    state, x = _meta_state(net), torch.empty(1, *image, device="meta")
+    lifetimes = _Lifetimes(state.values())
+    lifetimes.meet(x, WidthGroup(image[0], fixed=True))
+
+    def name(layer, _, out):
+        lifetimes.lives[lifetimes.storage(out)][0] = layer.writes
+
+    with lifetimes:
+        _forward_on_meta(net, state, x, name)
+    rows = torch.zeros(lifetimes.operation, net.num_widths + 1, dtype=torch.float64)
+    for group, numel, first, last in lifetimes.lives.values():
+        i, factor = _place(net, group)
+        rows[first : last + 1, i] += factor * numel // group.max
+    rows = rows.unique(dim=0)
+    below = (rows[:, None] <= rows[None]).all(-1).sum(1) > 1  # never the largest: another row is above it
+    return rows[~below]
 
 
 # ------------------------------------------------------------------------------ the architectures
@@ -475,56 +493,3 @@ def build(arch: str, num_classes: int, image_size: int, in_channels: int = 3) ->
         raise ValueError(f"arch: unknown {arch!r}, choose from {', '.join(ARCHS)}")
     block, depths = RESNETS[arch]
     return resnet(block, depths, num_classes, image, cifar=len(depths) == 3)
-
-
-# ------------------------------------------------------------------------------ demonstration
-
-# Parameters and GFLOPs (multiply-accumulates, 224 x 224) that torchvision publishes with its weights.
-TORCHVISION = {
-    "resnet18": (11_689_512, 1.814), "resnet34": (21_797_672, 3.664), "resnet50": (25_557_032, 4.089),
-    "resnet101": (44_549_160, 7.801), "resnet152": (60_192_808, 11.514), "mbv2": (3_504_872, 0.301),
-}  # fmt: skip
-
-
-def main():
-    """Prints the networks' costs, then a training pass's time beside the plain network's of that shape."""
-    import statistics
-    import time
-
-    print(f"{'network':10} size {'parameters':>12} {'published':>11} {'GFLOPs':>9} {'publ.':>7} {'MB':>9} {'widths':>9}")
-    for arch in ARCHS:
-        image = 224 if arch in TORCHVISION else 32
-        net = build(arch, 1000 if image == 224 else 10, image)
-        costs = [cost(1.0).item() for cost in (net.params, net.flops, net.memory)]
-        params, gflops = TORCHVISION.get(arch, ("", ""))
-        print(f"{arch:10} {image:4} {costs[0]:12.0f} {params!s:>11} {costs[1] / 1e9:9.3f} {gflops!s:>7} "
-              f"{costs[2] / 1e6:9.1f} {net.num_widths:9}")  # fmt: skip
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    runs = 9
-    print(f"\nforward and backward, batch of 64, {where}, torch {torch.__version__}; median of {runs}, quartiles of ratio")
-
-    def seconds(m, x, y):
-        start = time.perf_counter()
-        F.cross_entropy(m(x), y).backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    for arch, image in (("resnet20", 32), ("mbv2", 64)):
-        net = build(arch, 10, image).to(device)
-        x, y = torch.randn(64, 3, image, image, device=device), torch.randint(10, (64,), device=device)
-        for a in (1.0, 0.75, 0.42):
-            net.set_widths(a)
-            plain = net.extract()
-            # Side by side, so that both meet the same weather; the first two rounds warm up.
-            pairs = [(seconds(net, x, y), seconds(plain, x, y)) for _ in range(runs + 2)][2:]
-            ours, theirs = (statistics.median(t) for t in zip(*pairs))
-            low, middle, high = statistics.quantiles([s / p for s, p in pairs], n=4)
-            print(f"{arch:9} width {a:4.2f}: slimmable {1e3 * ours:7.1f} ms, plain {1e3 * theirs:7.1f} ms, "
-                  f"ratio {middle:.3f} ({low:.3f} to {high:.3f})")  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()
