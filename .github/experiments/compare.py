@@ -1,0 +1,200 @@
+#!/usr/bin/env python3
+"""Whose networks are better at equal budgets, and by more than seeds differ?
+
+    python .github/experiments/compare.py RUN RUN ...                        # picture: runs/compare.png
+    python .github/experiments/compare.py RUN RUN ... --out PICTURE.png --markdown
+
+A RUN is a folder with front.csv and settings.json, such as those under results/, or with the
+log.jsonl that train.py leaves. The first RUN's method is the one whose lead over the others is shown.
+
+Within a budget a run offers the costliest network of its front: it has the least held-out loss, so
+nothing is chosen by test accuracy. Means are over budgets from the smallest network's cost (where
+runs differ: the dearest) to the full one's, spaced evenly in the cost and, since half of it means as
+much to the owner of a small device, in its logarithm. Needs numpy, and matplotlib for the picture.
+"""
+
+import argparse
+import csv
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+PICTURE = Path("runs", "compare.png")
+MARKS = (0.25, 0.5, 0.75, 1.0)
+COLUMNS = ["test loss", "top-1", "top-1, log", *(f"at {m:.0%}" for m in MARKS)]
+# Settings of which no line is needed where they differ.
+TOLD = {"event", "step", "method", "trained_as", "cost", "seed", "widths", "seconds", "search_share", "torch"}
+
+
+def last_event(folder, event):
+    """The last entry of this name in a run's log.jsonl."""
+    with open(folder / "log.jsonl") as f:
+        return json.loads([line for line in f if line.startswith(f'{{"event": "{event}"')][-1])
+
+
+def read_run(folder):
+    """A finished run's settings and front: for each numeric column of front.csv an array (k,)."""
+    try:
+        with open(folder / "front.csv", newline="") as f:
+            rows = list(csv.DictReader(f))
+        front = {name: np.array([float(row[name]) for row in rows]) for name in rows[0] if name != "widths"}
+        file = folder / "settings.json"
+        settings = json.loads(file.read_text()) if file.exists() else last_event(folder, "settings")
+    except (OSError, ValueError, LookupError, TypeError) as e:
+        raise ValueError(f"{folder} holds no finished run ({type(e).__name__}: {e})") from None
+    return settings, front
+
+
+def kind(settings):
+    source = settings.get("trained_as")
+    return settings["method"] if source in (None, settings["method"]) else f"{source}'s weights searched"
+
+
+def within(front, cost, budgets):
+    """Test loss and top-1 (2, ...) of the front's costliest network within each budget; nan where none is."""
+    at = np.searchsorted(front[cost], np.asarray(budgets) + 1e-9, side="right") - 1
+    return np.where(at < 0, np.nan, np.stack([front["loss"][at], front["top1"][at]]))
+
+
+def score(front, cost, low):
+    """COLUMNS of one run. low: the least budget."""
+    loss, top1 = within(front, cost, np.linspace(low, 1, 200)).mean(1)
+    log_top1 = within(front, cost, np.geomspace(low, 1, 200))[1].mean()
+    return np.array([loss, top1, log_top1, *within(front, cost, MARKS)[1]])
+
+
+def panels(runs):
+    """For each cost to be shown: its name, the least budget, kind -> seed -> front, and (settings, front) of all alone.
+
+    Costs are shares of the full network's from here on.
+    """
+    for name in ("data", "arch", "image_size"):
+        if len(values := {str(s.get(name)) for s, _ in runs}) > 1:
+            raise ValueError(f"the runs differ in {name}: {', '.join(sorted(values))}")
+    slimmable = [(s, front) for s, front in runs if s["method"] != "alone"]
+    if not slimmable:
+        raise ValueError("at least one run must be of a slimmable network")
+    # slim's uniform line is the same whatever the cost: it serves all for which the others were run.
+    wanted = {s["cost"] for s, _ in slimmable if kind(s) != "slim"} or {s["cost"] for s, _ in slimmable}
+    for cost in (column for column in runs[0][1] if column in wanted):
+        full = max(front[cost].max() for _, front in slimmable)
+        shares = [(s, front | {cost: front[cost] / full}) for s, front in runs]
+        kinds = {}
+        for s, front in shares:
+            if s["method"] != "alone" and (s["cost"] == cost or kind(s) == "slim"):
+                if s["seed"] in kinds.setdefault(kind(s), {}):
+                    raise ValueError(f"two runs are of {kind(s)}, {cost}, seed {s['seed']}")
+                kinds[kind(s)][s["seed"]] = front
+        low = max(front[cost][0] for by_seed in kinds.values() for front in by_seed.values())
+        yield cost, low, kinds, [(s, front) for s, front in shares if s["method"] == "alone"]
+
+
+def mean_and_spread(scores, sign=""):
+    """The scores (COLUMNS,) of several seeds as texts."""
+    texts = []
+    for name, values in zip(COLUMNS, np.stack(scores).T):
+        digits = 4 if name == "test loss" else 2
+        spread = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
+        texts.append("-" if np.isnan(values).any() else f"{values.mean():{sign}.{digits}f}{spread}")
+    return texts
+
+
+def show(rows, markdown):
+    """Prints rows of texts, the heads first, as an aligned or a markdown table; nothing if there are heads only."""
+    if len(rows) > 1 and markdown:
+        rule = ["---", *["---:"] * (len(rows[0]) - 1)]
+        print("", *("| " + " | ".join(row) + " |" for row in (rows[0], rule, *rows[1:])), sep="\n")
+    elif len(rows) > 1:
+        wide = [max(map(len, column)) for column in zip(*rows)]
+        print("", *("  ".join([f"{row[0]:{wide[0]}}", *map(str.rjust, row[1:], wide[1:])]) for row in rows), sep="\n")
+
+
+def tabulate(cost, low, kinds, alone, markdown=False):
+    print(f"\n{cost}: means over budgets from {low:.1%} to 100%, top-1 at four; mean ± standard deviation over seeds")
+    scores = {name: {seed: score(front, cost, low) for seed, front in kinds[name].items()} for name in kinds}
+    rows = [[name, *mean_and_spread(list(by_seed.values())), str(len(by_seed))] for name, by_seed in scores.items()]
+    show([["", *COLUMNS, "seeds"], *rows], markdown)
+
+    (first, ours), *others = scores.items()
+    rows = [[f"{first}'s lead over", *COLUMNS, "top-1 by seed", "top-1, log by seed"]]
+    for name, theirs in others:
+        leads = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+        if leads:
+            by_seed = [" ".join(f"{lead[COLUMNS.index(c)]:+.2f}" for lead in leads) for c in ("top-1", "top-1, log")]
+            rows.append([name, *mean_and_spread(leads, "+"), *by_seed])
+    show(rows, markdown)
+
+    rows = [["top-1 trained alone, and within its cost", "seed", "alone", *kinds]]
+    for s, front in alone:
+        share, widths = front[cost][0], s["widths"].split()
+        shape = f"uniform {widths[0]}" if len(set(widths)) == 1 else "layer-wise"
+        others = [f"{within(kinds[k][s['seed']], cost, share)[1]:.2f}" if s["seed"] in kinds[k] else "-" for k in kinds]
+        rows.append([f"{share:.1%}, {shape}", str(s["seed"]), f"{front['top1'][0]:.2f}", *others])
+    show(rows, markdown)
+
+
+def draw(shown, picture, log=None):
+    """A panel per cost. log: None for a logarithmic axis where the smallest cost is below 15 %."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
+
+    figure = Figure(figsize=(5 * len(shown), 4.5), layout="constrained")
+    names = list(dict.fromkeys(name for _, _, kinds, _ in shown for name in kinds))
+    for axes, (cost, low, kinds, alone) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown):
+        axes.set(xlabel=f"{cost} (% of the full network)", ylabel="test top-1 (%)")
+        budgets = np.geomspace(low, 1, 500)
+        for name, by_seed in kinds.items():
+            top1 = np.stack([within(front, cost, budgets)[1] for front in by_seed.values()])
+            colour = f"C{names.index(name)}"  # the same in every panel
+            axes.plot(100 * budgets, top1.mean(0), color=colour, label=name)
+            axes.fill_between(100 * budgets, top1.min(0), top1.max(0), color=colour, alpha=0.15, linewidth=0)
+        crosses = [(100 * front[cost][0], front["top1"][0]) for _, front in alone]
+        if crosses:
+            axes.plot(*zip(*crosses), "kx", label="trained alone")
+        if low < 0.15 if log is None else log:
+            ticks = [t for t in (1, 2, 3, 5, 7, 10, 20, 30, 50, 70, 100) if t >= 100 * low]
+            axes.set_xscale("log")
+            axes.set_xticks(ticks, map(str, ticks))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize="small")  # off the curves
+        axes.grid(alpha=0.3)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=150)
+
+
+def compare(folders, picture=PICTURE, log=None, markdown=False):
+    """Prints the tables of these run folders and draws their fronts. Raises ValueError for what cannot be compared."""
+    runs = [read_run(Path(folder)) for folder in folders]
+    shown = list(panels(runs))
+    for key in sorted(set().union(*(s for s, _ in runs)) - TOLD):
+        if len({str(s[key]) for s, _ in runs if key in s}) > 1:
+            print(f"{key} differs: " + ", ".join(sorted({f"{kind(s)} {s[key]}" for s, _ in runs if key in s})))
+    for panel in shown:
+        tabulate(*panel, markdown)
+    try:
+        draw(shown, picture, log)
+        print(f"\n{picture}: lines are means over seeds, bands their range")
+    except ImportError:
+        print("\nno picture: matplotlib is not installed")
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished run")
+    p.add_argument("--out", type=Path, default=PICTURE, metavar="PICTURE", help="(default: %(default)s)")
+    p.add_argument("--log", action=argparse.BooleanOptionalAction,
+                   help="a logarithmic axis of costs (default: where the smallest is below 15 %% of the full one)")
+    p.add_argument("--markdown", action="store_true", help="print the tables as GitHub markdown")
+    args = p.parse_args(argv)
+    try:
+        compare(args.runs, args.out, args.log, args.markdown)
+    except ValueError as e:
+        print(f"compare.py: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+#!/usr/bin/env python3
+"""Does joslim beat the other methods with MobileNetV2, for FLOPs and for memory?
+
+    python .github/experiments/fashion_mbv2.py DATA_DIR     # holds FashionMNIST/raw/
+
+Fashion-MNIST at 28 x 28, two epochs, seeds 0 to 2, 21 runs: 75 to 90 minutes on two cores of an Intel
+Xeon, one thread a run. Runs go to runs/fashion-mbv2/, their figures to results/fashion-mbv2/, the
+picture to .github/fashion-mbv2.png. A queue that was stopped is continued by the same command.
+
+All share data, steps, learning rate, smallest width, one sub-network a step, a fresh one every step,
+and the number of configurations visited. Finished weights are searched on 1000 held-out images, each
+configuration once; joslim judges all of its history every round, on 64.
+"""
+
+import argparse
+from pathlib import Path
+
+import compare
+import runs
+
+ROOT = Path("runs", "fashion-mbv2")
+SETTINGS = """--data fashion-mnist --arch mbv2 --batch-size 64 --epochs 2 --lr 0.05 --warmup-epochs 0.5 --lower 0.2
+              --tau 15 --fresh-widths --num-prior 10 --held-out 5000 --front-size 12 --no-distillation""".split()
+
+
+def list_jobs(data_dir):
+    jobs = []
+    for seed in (0, 1, 2):
+        shared = [*SETTINGS, "--data-dir", data_dir, "--seed", seed]
+        slim, twostage = f"slim-{seed}", f"twostage-flops-{seed}"
+        for name, flags, *needs in (
+            (f"joslim-flops-{seed}", "--cost flops --eval-images 64"),
+            (f"joslim-memory-{seed}", "--cost memory --eval-images 64"),
+            (slim, "--method slim"),
+            (twostage, "--method twostage --eval-images 1000"),
+            # Random widths are the same whatever the cost: these weights serve memory too.
+            (f"twostage-memory-{seed}", f"--search {ROOT}/{twostage} --cost memory --eval-images 1000", [twostage]),
+            (f"slimsearched-flops-{seed}", f"--search {ROOT}/{slim} --cost flops --eval-images 1000", [slim]),
+            (f"slimsearched-memory-{seed}", f"--search {ROOT}/{slim} --cost memory --eval-images 1000", [slim]),
+        ):
+            jobs.append((name, [*shared, *flags.split()], *needs))
+    return jobs
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("data_dir", type=Path, metavar="DATA_DIR")
+    jobs = list_jobs(p.parse_args().data_dir.resolve())
+    runs.queue(jobs, ROOT)
+    kept = runs.keep(ROOT, [name for name, *_ in jobs], "fashion-mbv2")
+    compare.compare(kept, Path(".github", "fashion-mbv2.png"))

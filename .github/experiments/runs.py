@@ -1,0 +1,71 @@
+"""For the experiments of this folder: `queue` makes runs of train.py, `keep` keeps their figures in results/."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
+
+from compare import last_event
+
+PROJECT = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def queue(jobs, root, at_once=2):
+    """Makes the runs ROOT/name for all jobs (name, flags) or (name, flags, names of those it needs first).
+
+    Each is `python train.py *flags --out ROOT/name --resume` in one thread, `at_once` of them at a time, in
+    the order of the list; what it prints goes to ROOT/name.log. Finished runs are skipped and stopped ones
+    continued, so a queue that was stopped is continued by the same command. After a failure none is begun;
+    those under way end first, then it is raised.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    waiting = {name: (flags, set(*needs)) for name, flags, *needs in jobs}
+    finished, running = set(), {}  # names, and future -> name
+    with ThreadPoolExecutor(at_once) as pool:
+        while waiting or running:
+            ready = [name for name, (_, needs) in waiting.items() if needs <= finished]
+            for name in ready[: at_once - len(running)]:
+                flags, _ = waiting.pop(name)
+                running[pool.submit(run, root / name, flags)] = name
+            if not running:
+                raise ValueError(f"nothing makes what these need: {', '.join(waiting)}")
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                future.result()  # raises what it raised
+                finished.add(running.pop(future))
+
+
+def run(out, flags):
+    if (out / "front.csv").exists():
+        print(f"{out} is finished", flush=True)
+        return
+    print(f"{out} begins", flush=True)
+    start = time.perf_counter()
+    command = [sys.executable, "train.py", *map(str, flags), "--out", str(out.resolve()), "--resume"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with open(f"{out}.log", "a") as log:
+        ended = subprocess.run(command, cwd=PROJECT, env=environment, stdout=log, stderr=log)
+    if ended.returncode:
+        raise RuntimeError(f"{out} failed with exit code {ended.returncode}; see {out}.log")
+    print(f"{out} ends after {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def keep(root, names, folder):
+    """Copies the front.csv of these finished runs to results/FOLDER/name, with a settings.json -> these folders.
+
+    settings.json has the run's settings, its seconds and the share of them that the search took.
+    """
+    kept = []
+    for name in names:
+        settings, done = (last_event(root / name, event) for event in ("settings", "done"))
+        settings |= {key: done[key] for key in ("seconds", "search_share")}
+        kept.append(RESULTS / folder / name)
+        kept[-1].mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(root / name / "front.csv", kept[-1] / "front.csv")
+        plain = {key: value for key, value in settings.items() if key not in ("event", "step")}
+        (kept[-1] / "settings.json").write_text(json.dumps(plain, indent=1) + "\n")
+    return kept
