@@ -107,9 +107,9 @@ class GP:
     def _objective(self, hyper, x, z):
         """Negative log posterior of the hyperparameters, and its gradient.
 
-        By hand, since autograd through the factorisation takes 2.5 times as long, and the fit is the
-        larger part of a proposal. With correlation matrix K, and the mean m and variance v at their
-        best for it (so that only K's change counts: the envelope theorem),
+        By hand, since autograd through the factorisation makes every proposal wait longer (measured by
+        .github/experiments/simpler.py). With correlation matrix K, and the mean m and variance v at
+        their best for it (so that only K's change counts: the envelope theorem),
 
             value  = (n + 2) / 2 log v + 1/2 log det K,       (n + 2) v = (z - m)' K^-1 (z - m) + 2
             dvalue = 1/2 sum_ij G_ij dK_ij,                   G = K^-1 - alpha alpha' / v,  alpha = K^-1 (z - m)

@@ -212,7 +212,7 @@ class Joslim(UniformWidths):
 
         Eight bisections come near s. The Newton step from there, -(C - target) / (1' grad C), lands on it, and
         its own gradient is that very expression: it carries value and gradient. (Bisecting until nothing is
-        left to land, some 20 times, takes a quarter more of a proposal's time.)
+        left to land would take longer: .github/experiments/simpler.py.)
         """
         with torch.no_grad():
             low, high = (torch.full_like(a[..., :1], s * (1 - self.lower)) for s in (-1, 1))
