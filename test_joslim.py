@@ -1469,7 +1469,7 @@ def test_checkpoints_of_something_else(make_data, tmp_path, capsys):
     refused("'num_classes': 3")
     refused("'num_classes': 3", *search)
     torch.save(good | {"format": 5}, path)
-    refused("its format is 5, this code's 6")
+    refused("written by another version of this code (format 5, here 6)")
     torch.save({"model": good["model"]}, path)
     refused("not a readable checkpoint (KeyError")
     torch.save({k: v for k, v in good.items() if k not in ("settings", "proposals")}, path)
@@ -1626,6 +1626,27 @@ def test_bad_data_are_one_line_and_exit_2(kind, harm, word, make_data, tmp_path,
     assert train.main([*SMALL, *flags, "--out", str(tmp_path / "out")]) == 2
     assert word in one_line(capsys)
     assert not list((tmp_path / "out").rglob("*.pt"))
+
+
+@pytest.mark.parametrize("kind, failure, word", [
+    ("fashion-mnist", RuntimeError("no mirror"), "Error downloading train-images"),  # torchvision goes on to more lines
+    ("emnist", OSError("no route"), "OSError: no route"),
+    ("cifar10", ValueError("no number\nand more"), "ValueError: no number)"),
+])  # fmt: skip
+def test_downloads_fetch_what_is_missing_or_fail_in_one_line(kind, failure, word, make_data, tmp_path, monkeypatch):
+    args = train.parse_args([*make_data(kind), "--download"])
+
+    def fetch(*_, **__):
+        raise failure
+
+    for module in (torchvision.datasets.mnist, torchvision.datasets.cifar):
+        monkeypatch.setattr(module, "download_and_extract_archive", fetch)
+    train.load_arrays(args, train.World("cpu"))  # all is there, if packed: nothing is fetched
+    for path in (tmp_path / kind).rglob("*train-labels*" if kind in IDX else "data_batch_3"):
+        path.unlink()
+    with pytest.raises(train.UserError, match=f"^--download: {kind} could not be fetched") as refused:
+        train.load_arrays(args, train.World("cpu"))
+    assert word in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_more_processes_than_gpus(monkeypatch):

@@ -400,10 +400,12 @@ class World:
     """This process among all that torchrun started; alone without it."""
 
     def __init__(self, device: torch.device | str | None = None):
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.local_rank, self.size = (
+            int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+        )
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if self.device.type == "cuda":
-            index = int(os.environ.get("LOCAL_RANK", 0)) if self.size > 1 else self.device.index or 0
+            index = self.local_rank if self.size > 1 else self.device.index or 0
             if index >= torch.cuda.device_count():
                 raise UserError(f"--device {device}: GPU {index} asked for, this machine has {torch.cuda.device_count()}")
             self.device = torch.device("cuda", index)
@@ -587,11 +589,11 @@ def read_arrays(args, world):
 
 
 CIFARS = {"cifar10": (torchvision.datasets.CIFAR10, 10), "cifar100": (torchvision.datasets.CIFAR100, 100)}
-# torchvision's class, the names of its training and test files, the number of classes.
+# torchvision's class, what else it takes, the names of its training and test files, the number of classes.
 IDX = {
-    "fashion-mnist": (torchvision.datasets.FashionMNIST, ("train", "t10k"), 10),
-    "kmnist": (torchvision.datasets.KMNIST, ("train", "t10k"), 10),
-    "emnist": (torchvision.datasets.EMNIST, ("emnist-balanced-train", "emnist-balanced-test"), 47),
+    "fashion-mnist": (torchvision.datasets.FashionMNIST, {}, ("train", "t10k"), 10),
+    "kmnist": (torchvision.datasets.KMNIST, {}, ("train", "t10k"), 10),
+    "emnist": (torchvision.datasets.EMNIST, {"split": "balanced"}, ("emnist-balanced-train", "emnist-balanced-test"), 47),
 }
 
 
@@ -601,43 +603,60 @@ def load_arrays(args, world):
         return synthetic(8192 + args.held_out, 0), synthetic(4096, 1), 20
     if not args.data_dir.is_dir():
         raise UserError(f"--data-dir: {args.data_dir} is not a folder")
-    if args.data in CIFARS:
-        reader, classes = CIFARS[args.data]
-        if args.download:
-            reader(args.data_dir, download=True)
-        names = (reader.meta["filename"], reader.meta["md5"]), *reader.train_list, *reader.test_list
-        for name, md5 in names:  # known to be the real ones before they are unpickled
-            path = args.data_dir / reader.base_folder / name
-            if not torchvision.datasets.utils.check_integrity(path, md5):
-                raise UserError(f"{path}: missing or damaged; put CIFAR's python version there, or try --download")
-        sets = [reader(args.data_dir, train=train) for train in (True, False)]
-        return *((torch.as_tensor(s.data).permute(0, 3, 1, 2), torch.as_tensor(s.targets)) for s in sets), classes
+    return (load_cifar if args.data in CIFARS else load_idx)(args, world)
 
-    reader, parts, classes = IDX[args.data]
-    folder = args.data_dir / reader.__name__ / "raw"
+
+def load_cifar(args, world):
+    reader, classes = CIFARS[args.data]
     if args.download:
-        reader(args.data_dir, download=True, **({"split": "balanced"} if args.data == "emnist" else {}))
+        prepare(world, f"--download: {args.data} could not be fetched", reader, args.data_dir, download=True)
+    names = (reader.meta["filename"], reader.meta["md5"]), *reader.train_list, *reader.test_list
+    for name, md5 in names:  # known to be the real ones before they are unpickled
+        path = args.data_dir / reader.base_folder / name
+        if not torchvision.datasets.utils.check_integrity(path, md5):
+            raise UserError(f"{path}: missing or damaged; put CIFAR's python version there, or try --download")
+    sets = [reader(args.data_dir, train=train) for train in (True, False)]
+    return *((torch.as_tensor(s.data).permute(0, 3, 1, 2), torch.as_tensor(s.targets)) for s in sets), classes
 
-    def read(name, how):
-        path = folder / name
+
+def load_idx(args, world):
+    reader, more, parts, classes = IDX[args.data]
+    folder, idx = args.data_dir / reader.__name__ / "raw", torchvision.datasets.mnist
+    files = [(folder / f"{part}-{kind}-ubyte", how) for part in parts
+             for kind, how in (("images-idx3", idx.read_image_file), ("labels-idx1", idx.read_label_file))]  # fmt: skip
+    for path, _ in files:
+        prepare(world, f"{path}.gz: could not be unpacked", unpack, path)
+    if args.download:
+        prepare(world, f"--download: {args.data} could not be fetched", reader, args.data_dir, download=True, **more)
+    tensors = []
+    for path, how in files:
         try:
-            try:
-                if world.rank == 0 and not path.exists() and path.with_name(name + ".gz").exists():
-                    with tempfile.TemporaryDirectory(dir=folder) as part:  # so that it is unpacked whole or not at all
-                        torchvision.datasets.utils.extract_archive(f"{path}.gz", part)
-                        os.replace(Path(part, name), path)
-            finally:
-                world.wait()
-            return how(path)
+            tensors.append(how(path))
         except FileNotFoundError:
             raise UserError(f"{path}[.gz]: missing; put the four files there, or try --download") from None
         except Exception as e:  # a damaged file makes its readers raise nearly anything
             raise UserError(f"{path}: not a readable IDX file ({type(e).__name__}: {first_line(e)})") from None
+    x, y, test_x, test_y = tensors
+    return (x[:, None], y), (test_x[:, None], test_y), classes
 
-    idx = torchvision.datasets.mnist
-    sets = [(read(f"{part}-images-idx3-ubyte", idx.read_image_file)[:, None],
-             read(f"{part}-labels-idx1-ubyte", idx.read_label_file)) for part in parts]  # fmt: skip
-    return *sets, classes
+
+def unpack(path):
+    """Unpacks path.gz where `path` is missing: whole or not at all."""
+    if not path.exists() and Path(f"{path}.gz").exists():
+        with tempfile.TemporaryDirectory(dir=path.parent) as part:
+            torchvision.datasets.utils.extract_archive(f"{path}.gz", part)
+            os.replace(Path(part, path.name), path)
+
+
+def prepare(world, failed, fn, *args, **how):
+    """fn(...) in one process of each machine, while the others wait. What it raises is one line that opens with `failed`."""
+    try:
+        if world.local_rank == 0:
+            fn(*args, **how)
+    except Exception as e:
+        raise UserError(f"{failed} ({type(e).__name__}: {first_line(e)})") from None
+    finally:
+        world.wait()
 
 
 def first_line(e):
@@ -806,12 +825,15 @@ def read_checkpoint(path):
             raise ValueError(f"{damaged} is corrupt")
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["format"] != FORMAT:
-            raise ValueError(f"its format is {state['format']}, this code's {FORMAT}")
+            raise UserError(f"{path}: written by another version of this code (format {state['format']}, here {FORMAT}); "
+                            "finish it with that one, or use another --out")  # fmt: skip
         parts = {"settings", "network", "model", "optimizer", "sampler", "step", "steps", "proposals", "seconds"}
         missing = parts - state.keys()
         if missing:
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         return state
+    except UserError:
+        raise
     except Exception as e:  # a damaged file makes its readers raise nearly anything
         raise ValueError(f"{path}: not a readable checkpoint ({type(e).__name__}: {first_line(e)})") from None
 
