@@ -58,7 +58,7 @@ def first_channels(t: Tensor, *sizes: int) -> Tensor:
 
 
 class Conv2d(nn.Conv2d):
-    """`nn.Conv2d` ("same" padding) from the group it reads to the group it writes."""
+    """`nn.Conv2d`, padded by kernel_size // 2, from the group it reads to the one it writes (depthwise: the same one)."""
 
     def __init__(self, reads, writes, kernel_size, stride=1, depthwise=False, bias=False):
         groups = writes.max if depthwise else 1
@@ -66,10 +66,10 @@ class Conv2d(nn.Conv2d):
         self.reads, self.writes, self.depthwise = reads, writes, depthwise
 
     def forward(self, x):
-        i, o = (1 if self.depthwise else self.reads.active), self.writes.active
-        bias = None if self.bias is None else first_channels(self.bias, o)
+        i, o = self.reads.active, self.writes.active
         groups = o if self.depthwise else 1
-        return F.conv2d(x, first_channels(self.weight, o, i), bias, self.stride, self.padding, 1, groups)
+        bias = None if self.bias is None else first_channels(self.bias, o)
+        return F.conv2d(x, first_channels(self.weight, o, i // groups), bias, self.stride, self.padding, 1, groups)
 
     def plain(self):
         i, o = self.reads.active, self.writes.active
@@ -80,8 +80,9 @@ class Conv2d(nn.Conv2d):
 class BatchNorm2d(nn.BatchNorm2d):
     """`nn.BatchNorm2d` of a group, with momentum 0: training leaves running statistics alone.
 
-    They mean nothing while widths change. Calibration sets them for one configuration at a time, by
-    raising `momentum` for the time of a few forward passes (`joslim.calibrate_bn`).
+    They mean nothing while widths change. Calibration sets them for one configuration at a time, before
+    eval() or extract(): in train(), under no_grad, the k-th batch (from 1) runs with momentum 1 / k; then
+    it is 0 again (`joslim.calibrate_bn`).
     """
 
     def __init__(self, group):
@@ -90,8 +91,9 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, x):
         n = self.writes.active
-        tracked = (self.running_mean, self.running_var) if self.momentum or not self.training else ()
-        mean, var = (first_channels(t, n) for t in tracked) if tracked else (None, None)
+        mean = var = None
+        if self.momentum or not self.training:
+            mean, var = first_channels(self.running_mean, n), first_channels(self.running_var, n)
         weight, bias = first_channels(self.weight, n), first_channels(self.bias, n)
         return F.batch_norm(x, mean, var, weight, bias, self.training, self.momentum, self.eps)
 
@@ -126,8 +128,7 @@ class Slimmable(nn.Sequential):
         image: (channels, height, width) of one input, for the costs.
 
     Attributes:
-        groups: the width groups in the order in which the layers meet them; `widths[i]` sets
-            `groups[i]`.
+        groups: the width groups that are slimmed, in the order of `named_modules()`; a[i] sets `groups[i]`.
         names: for each group, the first layer that writes it.
         num_widths: d, the length of a configuration.
     """
@@ -163,9 +164,9 @@ class Slimmable(nn.Sequential):
             a = a.expand(self.num_widths)
         if a.shape[-1] != self.num_widths:
             raise ValueError(f"a: this network has {self.num_widths} widths, got {a.shape[-1]}")
-        if not ((a > 0) & (a <= 1)).all():
-            bad = a[~((a > 0) & (a <= 1))][0].item()
-            raise ValueError(f"a: widths must lie in (0, 1], got {bad:g}")
+        bad = a[~((a > 0) & (a <= 1))]  # nan, too
+        if len(bad):
+            raise ValueError(f"a: widths must lie in (0, 1], got {bad[0].item():g}")
         c = a * self._max.to(a.device)
         return c if relaxed else c.round().clamp(min=1)
 
@@ -192,8 +193,8 @@ class Slimmable(nn.Sequential):
         return 4 * (self._quadratic(self._params, a, relaxed) + live)
 
     def _quadratic(self, form, a, relaxed):
-        # Every weight is a product of an input and an output group, so its size is a quadratic form
-        # in the channel counts: one matrix serves thousands of configurations at once.
+        # A weight's size is a constant times its input group's count times its output group's, so that all
+        # sizes together are a quadratic form: one matrix serves thousands of configurations at once.
         c = _with_one(self.channels(a, relaxed))
         return ((c @ form.to(c.device)) * c).sum(-1)
 
@@ -246,12 +247,19 @@ def _forward_on_meta(net, state, x, hook):
 
 
 def _place(net, group):
-    """Where a group's count stands in (c, 1), and its factor there; a fixed group's (None: no group's) is in the 1."""
-    return (net.groups.index(group), 1) if group in net.groups else (net.num_widths, group.max if group else 1)
+    """(i, factor): the group has factor * (c, 1)[i] channels. Fixed ones are a multiple of the 1; None is one channel."""
+    if group in net.groups:
+        return net.groups.index(group), 1
+    return net.num_widths, group.max if group else 1
 
 
 def _weight_tables(net, image):
-    """FLOPs and parameters as matrices Q: with c the channel counts followed by a 1, each is c' Q c."""
+    """FLOPs and parameters as matrices Q: with c the channel counts followed by a 1, each is c' Q c.
+
+    Q[i, j] sums over the layers that read group i and write group j: a kernel's pixels, for FLOPs times
+    the output's. A 3 x 3 convolution on 32 x 32 pixels gives 9 and 9216. The last row is for what reads
+    no slimmed group: vectors, depthwise kernels, the image.
+    """
     flops, params = (torch.zeros(2 * [net.num_widths + 1], dtype=torch.float64) for _ in range(2))
 
     def count(layer, _, out):
@@ -271,21 +279,22 @@ def _weight_tables(net, image):
 class _Lifetimes(TorchDispatchMode):
     """From which operation to which each activation lives, its size, and the group whose channels it carries.
 
-    A ResNet block, whose ReLUs and addition work in place. What is alive in a column is in memory at once:
+    A ResNet block, whose ReLUs and addition work in place. A column is an operation, and a row of the table: its
+    stars are in memory at once.
 
-                   conv1   bn1   relu  conv2   bn2    add
-        x            |------------------------------------|     the shortcut waits for the addition
-        conv1(x)     |-------|
-        bn1(...)             |-------------|
-        conv2(...)                         |-------|
-        bn2(...)                                   |------|
+                    conv1  bn1  relu  conv2  bn2  add  relu
+        x             *     *     *     *     *    *           the shortcut waits for the addition
+        conv1(x)      *     *
+        bn1(...)            *     *     *
+        conv2(...)                      *     *
+        bn2(...)                              *    *    *  ->  the next block's x
     """
 
     def __init__(self, weights):
         super().__init__()
         self.weights = {self.storage(w) for w in weights}
         self.lives, self.operation = {}, 0  # storage -> [group, numel, first operation, last operation]
-        self.seen = []  # kept alive, so that no storage's address comes twice
+        self.seen = []
 
     def storage(self, t):
         return t.untyped_storage()._cdata
@@ -293,16 +302,15 @@ class _Lifetimes(TorchDispatchMode):
     def meet(self, t, group):
         life = self.lives.setdefault(self.storage(t), [group, t.numel(), self.operation, self.operation])
         life[3] = self.operation
-        self.seen.append(t)
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         out = op(*args, **(kwargs or {}))
         tensors = [t for t in tree_flatten((args, out))[0] if isinstance(t, Tensor)]
         # Statistics are vectors and pooling's indices integers: neither is an activation.
-        active = [t for t in tensors if t.ndim > 1 and t.is_floating_point() and self.storage(t) not in self.weights]
-        for t in active:  # an output has its input's channels (a pooling's, say), unless a layer's hook knows better
-            self.meet(t, self.lives[self.storage(active[0])][0])
-        self.seen += tensors
+        activations = [t for t in tensors if t.ndim > 1 and t.is_floating_point() and self.storage(t) not in self.weights]
+        for t in activations:  # an output has its input's channels (a pooling's, say), unless a layer's hook knows better
+            self.meet(t, self.lives[self.storage(activations[0])][0])
+        self.seen += tensors  # kept alive, so that no storage's address comes twice
         self.operation += 1
         return out
 
