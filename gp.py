@@ -24,7 +24,7 @@ def require(condition: bool, message: str) -> None:
 def require_values(name: str, t: Tensor, *shape: int | None, device: torch.device | None = None) -> None:
     """Raises ValueError unless t has this shape (None: any length but 0), this device and real, finite values."""
     fits = t.ndim == len(shape) and all(have == want if want is not None else have > 0 for have, want in zip(t.shape, shape))
-    wanted = ", ".join("n >= 1" if want is None else str(want) for want in shape)
+    wanted = ", ".join(">= 1" if want is None else str(want) for want in shape)
     require(fits, f"{name}: expected shape ({wanted}), got {tuple(t.shape)}")
     require(device in (None, t.device), f"{name}: expected a tensor on {device}, got one on {t.device}")
     require(not t.is_complex() and t.isfinite().all(), f"{name}: every value must be real and finite")
@@ -108,8 +108,9 @@ class GP:
         """Negative log posterior of the hyperparameters, and its gradient.
 
         By hand, since autograd through the factorisation makes every proposal wait longer (measured by
-        .github/experiments/simpler.py). With correlation matrix K, and the mean m and variance v at
-        their best for it (so that only K's change counts: the envelope theorem),
+        .github/experiments/simpler.py). With correlation matrix K, noise included, and the mean m and
+        variance v at their best for it (so that only K's change counts: the envelope theorem), but for the
+        priors, which follow at the end, and constants,
 
             value  = (n + 2) / 2 log v + 1/2 log det K,       (n + 2) v = (z - m)' K^-1 (z - m) + 2
             dvalue = 1/2 sum_ij G_ij dK_ij,                   G = K^-1 - alpha alpha' / v,  alpha = K^-1 (z - m)
@@ -125,7 +126,7 @@ class GP:
         g = inverse - torch.outer(alpha, alpha) / variance
         noise = g.diagonal().sum() / 2 * hyper[-1].exp()
         w = g * (1 + s) * torch.exp(-s) * (-5 / 6)
-        w.diagonal().zero_()  # a point's distance to itself does not change
+        w.diagonal().zero_()  # it cancels below, but for rounding
         length = 2 * ((u * (w @ u)).sum(0) - w.sum(1) @ u.square())
         # The priors, normal in the logarithms; a log-normal's density is in the length itself: hence the sum.
         gap = (hyper - self.prior_mean) / self.prior_std
@@ -195,9 +196,9 @@ def ucb(mean: Tensor, variance: Tensor, beta: float) -> Tensor:
 def chebyshev(objectives: Tensor, weights: Tensor, ideal: Tensor | float = 0.0, rho: float = 1e-6) -> Tensor:
     """Augmented Chebyshev scalarization, to be minimised: (..., k) objectives -> (...,).
 
-    max_k w_k (f_k - z_k) + rho * sum_k w_k (f_k - z_k), with weights w (..., k) and the ideal point z
-    (..., k). Every Pareto-optimal point minimises it for some w, also where the front is not convex;
-    the augmentation keeps weakly optimal ones out (Steuer & Choo 1983; Joslim, section 3). Raises
+    max_j w_j (f_j - z_j) + rho * sum_j w_j (f_j - z_j), with weights w (..., k) and the ideal point z
+    (..., k), which no objective goes below. Every Pareto-optimal point minimises it for some w (rho 0), also
+    where the front is not convex; a small rho keeps weakly optimal ones out (Steuer & Choo 1983; Joslim, section 3). Raises
     ValueError for another k or device, values that are not finite, or a negative weight or rho.
     """
     require_values("objectives", objectives, *objectives.shape)

@@ -1,6 +1,8 @@
 """Joslim: joint widths and weights optimisation for slimmable networks (Chin et al., ECML-PKDD 2021).
 
-The whole algorithm, with `net` any network that has `set_widths(a)` and `cost(a)` a formula:
+The whole algorithm. `net.set_widths(a)` takes a configuration, (d,) float64 on the CPU, or one float for all
+widths; `cost(a, relaxed=False)` maps (..., d) to (...,), a ratio to the full network's. m sub-networks a step,
+tau steps a round, held_out = (x, y) images that training never sees:
 
     sampler = Joslim(dim=net.num_widths, cost=cost)
     for step, (x, y) in enumerate(batches):
@@ -11,15 +13,17 @@ The whole algorithm, with `net` any network that has `set_widths(a)` and `cost(a
         optimizer.zero_grad()
         sandwich_step(net, x, y, widths)                             # the weights
         optimizer.step()
-    losses = evaluate(net, sampler.widths, *held_out)
+    losses = evaluate(net, sampler.widths, *held_out).cpu()
     for a in sampler.widths[pareto_front(losses, cost(sampler.widths))]:
         net.set_widths(a)
-        calibrate_bn(net, training_images)                           # now test it
+        calibrate_bn(net, batches_of_training_images)                # now test it
 
-`UniformWidths` in place of `Joslim` gives US-Nets ("slim"), `RandomWidths` the training half of
-NAS-style two-stage methods; the loop is the same.
+`UniformWidths(dim)` in place of `Joslim` trains US-Nets ("slim"), `RandomWidths(dim)` the first half of
+NAS-style two-stage methods, by the same loop. They are never `ready` and keep no history: the front is
+then chosen among widths of your own.
 
-This file needs torch and gp.py.
+This file needs torch and gp.py. BatchNorm must not track its statistics in training, or `evaluate` would
+change them: `models.BatchNorm2d`, or momentum 0.
 """
 
 import math
@@ -61,7 +65,7 @@ class RandomWidths:
         return {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.generator.set_state(state["generator"])
+        self.generator.set_state(state["generator"].cpu())
 
 
 class UniformWidths(RandomWidths):
@@ -75,24 +79,24 @@ class UniformWidths(RandomWidths):
 class Joslim(UniformWidths):
     """Widths proposed by multi-objective Bayesian optimisation (Joslim, algorithm 2).
 
-    The first `num_prior` proposals are uniform widths; then the full network joins the history and
-    a GP on the observed losses proposes.
+    Proposals are uniform widths until the history holds `num_prior`; then the full network joins it and a GP on
+    the observed losses proposes.
 
-    A target cost is drawn for each proposal. The paper searches, ten times over, for the lambda
-    whose scalarized minimiser has that cost; but whatever that lambda is, its minimiser is the
-    configuration of least acquisition value among those of that cost. So we minimise on the surface
-    of that cost, once, and every target is met. `targeted=False` draws lambda itself instead.
+    A target cost is drawn for each proposal. The paper minimises the scalarization of loss (weight 1 - lambda)
+    and cost (lambda), and bisects lambda, ten minimisations or so, until the minimiser has that cost. If there is
+    such a lambda, its minimiser has the least acquisition value among the configurations of that cost. So we
+    minimise on the surface of that cost, once, and every target is met. `targeted=False` draws lambda itself.
 
     Args:
         dim: d, the number of widths.
         cost: maps a (..., d) to cost ratios (...,) to the full network's; takes `relaxed=True` for
             a version differentiable in a. Must grow with every width.
         beta: weight of the GP's variance in the (optimistic) acquisition.
-        ema: share of a configuration's former loss, moved by what all losses moved by, that stays
-            when it is observed again. Averages out the noise of small batches; 0 keeps none.
+        ema: when a configuration is observed again, (1 - ema) * new + ema * (old + mean change of all)
+            is kept: averages out the noise of small batches. 0 takes the new loss.
 
     Attributes, both of which may be assigned:
-        widths: (n, d) the history: all configurations proposed so far, float64.
+        widths: (n, d) the history: the proposals that were kept, and the full network; float64.
         losses: (n,) their losses as last observed; nan where there is none, and the GP leaves those out.
     """
 
@@ -150,7 +154,8 @@ class Joslim(UniformWidths):
         Raises ValueError for m below 1 or keep outside [1, m].
         """
         keep = m if keep is None else keep
-        require(m < 1 or 1 <= keep <= m, f"keep must lie in [1, {m}], got {keep}")
+        require(m >= 1, f"m must be at least 1, got {m}")
+        require(1 <= keep <= m, f"keep must lie in [1, {m}], got {keep}")
         new = self.propose(m) if self.ready else super().sample(m)
         added = new[:keep]
         if len(self.widths) < self.num_prior <= len(self.widths) + keep:
@@ -187,7 +192,7 @@ class Joslim(UniformWidths):
             best = self.minimize(lambda a: acquisition(self.project_to_cost(a, target)), m, near)
             return self.project_to_cost(best, target)
 
-        # Lambda uniform, both objectives scaled to [0, 1] over what is known, from the ideal point 0.
+        # Lambda uniform. The loss is scaled to [0, 1] over what is known; the cost is a ratio already.
         weight = self.rand(m).to(widths)
         weights = torch.stack([1 - weight, weight], -1)
         low, high = self.losses[known].aminmax()
@@ -210,9 +215,9 @@ class Joslim(UniformWidths):
 
             ds/da = -grad C / (1' grad C),        grad C the gradient of C(clip(a + s)) in a.
 
-        Eight bisections come near s. The Newton step from there, -(C - target) / (1' grad C), lands on it, and
-        its own gradient is that very expression: it carries value and gradient. (Bisecting until nothing is
-        left to land would take longer: .github/experiments/simpler.py.)
+        Eight bisections come near s. The Newton step from there, -(C - target) / (1' grad C), leaves an error of
+        second order, and its own gradient is that very expression: it carries value and gradient. (Bisecting
+        until nothing is left to step takes longer: .github/experiments/simpler.py.)
         """
         with torch.no_grad():
             low, high = (torch.full_like(a[..., :1], s * (1 - self.lower)) for s in (-1, 1))
@@ -270,7 +275,8 @@ def sandwich_step(
         scale: multiplies the loss before backward, 1 / k for one of k parts of a batch.
         distill: False lets all networks learn from the labels: for trainings too short for the full
             network to have much to teach.
-    Returns the losses (len(widths) + 2,), detached, on x's device: full, widths, smallest.
+    Returns the losses (len(widths) + 2,), detached, on x's device: full, widths, smallest. Distilled ones are
+    cross-entropies with the full network's softmax. Widths stay at the smallest.
     Raises ValueError for x and y that do not fit together or lie elsewhere than the network. Their
     values are not looked at: on a GPU that would mean waiting for it.
     """
@@ -354,7 +360,7 @@ def calibrate_bn(net: nn.Module, batches: Iterable[Tensor]) -> None:
 def pareto_front(loss: Tensor, cost: Tensor) -> Tensor:
     """Indices (k,) of the non-dominated among (loss, cost) pairs (n,), both minimised, by rising cost.
 
-    Of equal pairs the first is kept. A loss that is nan or infinite is dominated by all. Raises
+    Of equal pairs the first is kept. A loss that is nan or inf is never on the front. Raises
     ValueError for shapes that differ or a cost that is not finite.
     """
     _require_pairs(loss, cost)
@@ -395,7 +401,8 @@ def front_area(loss: Tensor, cost: Tensor, low: float | None = None, high: float
     """Area under the front: the integral over budgets in [low, high] of the least loss within each.
 
     loss, cost: (n,). `low` defaults to the smallest cost; below that no configuration fits the
-    budget, so a lower `low` raises ValueError, as does one above `high`, or no finite loss.
+    budget, so a lower `low` raises ValueError, as does one above `high`, or no finite loss. Only areas over
+    the same budgets compare.
     """
     front = pareto_front(loss, cost)
     require(len(front) > 0, "loss: none is finite")

@@ -8,6 +8,7 @@ this project's, but torchvision's networks, plain networks, dense algebra, finit
 import copy
 import csv
 import fcntl
+import gc
 import gzip
 import hashlib
 import itertools
@@ -23,8 +24,8 @@ import struct
 import subprocess
 import sys
 import time
+import zipfile
 from collections import OrderedDict
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,6 +33,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -51,8 +53,9 @@ torch.set_num_threads(1)  # networks this small gain nothing from two, and lose 
 
 
 @pytest.fixture(autouse=True)
-def signals():
-    """A run in this process takes SIGTERM and Ctrl-C for itself; pytest gets them back."""
+def same_start():
+    """Every test has the same random numbers; and SIGTERM and Ctrl-C, which runs take for themselves, as pytest has them."""
+    torch.manual_seed(0)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
     for number, handler in before.items():
@@ -68,20 +71,19 @@ def widths_for(net, seed, lower=0.1):
     return lower + (1 - lower) * torch.rand(net.num_widths, generator=g, dtype=torch.float64)
 
 
-def refuses(name, fn, *args, **kwargs):
-    """The call raises ValueError, which names what is wrong."""
-    with pytest.raises(ValueError, match=name):
+def refuses(what, fn, *args, **kwargs):
+    """The call raises ValueError, which says what is wrong."""
+    with pytest.raises(ValueError, match=what):
         fn(*args, **kwargs)
 
 
 # ------------------------------------------------------------------------------ width groups, running at a
 # Compared with torchvision's networks of the same weights, and with plain networks of torch's own layers, weights
-# cut; what those share with ours (the blocks' forward passes) with the papers' words.
+# cut; what those share with ours, the blocks' forward passes, with the papers' words.
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "mbv2"])
 def test_full_width_is_torchvisions(arch):
-    torch.manual_seed(0)
     theirs = getattr(torchvision.models, torchvisions(arch))(num_classes=10)
     for m in theirs.modules():  # statistics and affine parameters that hide nothing
         if isinstance(m, nn.BatchNorm2d):
@@ -100,37 +102,28 @@ def test_full_width_is_torchvisions(arch):
 @pytest.mark.parametrize("arch", models.ARCHS)
 def test_narrow_is_the_plain_network(arch):
     size = 16 if arch in CIFAR_FORM else 32
-    torch.manual_seed(1)
     net = models.build(arch, 7, size).double()
-    for p in net.parameters():
-        if p.ndim == 1:
-            p.data.uniform_(0.5, 1.5)
-    for name, b in net.named_buffers():
-        if b.is_floating_point():
-            b.uniform_(0.5, 1.5)
+    for t in (*net.parameters(), *net.buffers()):
+        if t.ndim == 1:
+            t.data.uniform_(0.5, 1.5)
     for seed in range(2):
-        a = widths_for(net, seed)
-        net.set_widths(a)
+        net.set_widths(widths_for(net, seed))
         plain = net.extract()
-        kinds = {type(m) for m in plain.modules()}
-        assert not kinds & {models.Slimmable, *models.LAYERS}
-        x, y = torch.randn(4, 3, size, size).double(), torch.arange(4)
+        assert not {type(m) for m in plain.modules()} & {models.Slimmable, *models.LAYERS}
+        x, y, pairs = torch.randn(4, 3, size, size).double(), torch.arange(4), dict(plain.named_parameters())
         for mode in (False, True):
             net.train(mode), plain.train(mode)
             net.zero_grad(), plain.zero_grad()
             ours, theirs = net(x), plain(x)
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
             F.cross_entropy(ours, y).backward(), F.cross_entropy(theirs, y).backward()
-            pairs = dict(plain.named_parameters())
             for name, p in net.named_parameters():
                 cut = p.grad[tuple(map(slice, pairs[name].shape))]
                 torch.testing.assert_close(cut, pairs[name].grad, rtol=1e-5, atol=1e-5 * cut.abs().max().item() + 1e-9)
-                rest = p.grad.clone()
-                rest[tuple(map(slice, cut.shape))] = 0
-                assert rest.abs().max() == 0  # what is cut off is not trained
+                assert p.grad.count_nonzero() == cut.count_nonzero()  # what is cut off is not trained
 
 
-def test_channels_are_rounded_as_promised():
+def test_widths_become_channels():
     net = models.build("resnet8", 5, 16)
     a = (0.42, 0.5, 0.53, 1.0, 0.1, 0.99)
     net.set_widths(torch.tensor(a))
@@ -138,17 +131,13 @@ def test_channels_are_rounded_as_promised():
     assert [g.active for g in net.groups] == expected
     net.extract(1.0)
     assert [g.active for g in net.groups] == expected  # as they were
-
-
-def test_extreme_and_bad_widths():
-    net = models.build("resnet8", 5, 16)
     net.set_widths(1e-6)  # one channel everywhere
-    assert [g.active for g in net.groups] == [1] * net.num_widths
     net(torch.randn(2, 3, 16, 16)).sum().backward()
-    for bad, word in ((torch.ones(3), "6 widths, got 3"), (0.0, "got 0"), (1.5, "1.5"), (math.nan, "nan"),
-                      (torch.ones(2, 6), "shape")):  # fmt: skip
-        refuses(word, net.set_widths, bad)
-    refuses("1.5", net.extract, 1.5)
+    refuses("6 widths, got 3", net.set_widths, torch.ones(3))
+    refuses("shape", net.set_widths, torch.ones(2, 6))
+    for bad in (0.0, 1.5, math.nan):
+        refuses(f"got {bad:g}", net.set_widths, bad)
+        refuses(f"got {bad:g}", net.extract, bad)
     assert [g.active for g in net.groups] == [1] * net.num_widths
 
 
@@ -190,8 +179,7 @@ def test_another_network_made_slimmable():
         def forward(self, x):
             return self.out(F.relu(self.norm(self.two(F.relu(self.one(x))))).mean((2, 3)))
 
-    net = models.Slimmable(OrderedDict(net=Net()), image=(1, 12, 12))
-    a = torch.tensor([0.5, 0.75])
+    net, a = models.Slimmable(OrderedDict(net=Net()), image=(1, 12, 12)), torch.tensor([0.5, 0.75])
     plain = net.extract(a)
     net.set_widths(a)
     x = torch.randn(3, 1, 12, 12)
@@ -207,48 +195,42 @@ def test_another_network_made_slimmable():
 
 
 def macs_by_hooks(plain, x):
-    total = 0
+    total = []
 
     def count(m, inputs, out):
-        nonlocal total
         if isinstance(m, nn.Conv2d):
-            total += m.in_channels // m.groups * m.kernel_size[0] * m.kernel_size[1] * out[0].numel()
+            total.append(m.in_channels // m.groups * m.kernel_size[0] * m.kernel_size[1] * out[0].numel())
         else:
-            total += m.in_features * m.out_features
+            total.append(m.in_features * m.out_features)
 
     for m in plain.modules():
         if isinstance(m, (nn.Conv2d, nn.Linear)):
             m.register_forward_hook(count)
     plain.eval()(x)
-    return total
+    return sum(total)
 
 
 class LiveTensors(TorchDispatchMode):
-    """The real thing's memory: which storages each op of a plain network touches, and how large they are."""
+    """The real thing's memory: from which to which operation of a plain network each storage is in use."""
 
     def __init__(self, weights):
         super().__init__()
         self.weights = {w.untyped_storage().data_ptr() for w in weights}
-        self.size, self.steps, self.keep = {}, [], []
+        self.lives, self.keep, self.now = {}, [], 0  # storage -> [bytes, first operation, last operation]
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         out = op(*args, **(kwargs or {}))
-        used = [t for t in tree_flatten((args, out))[0] if isinstance(t, torch.Tensor)]
-        used = [t for t in used if t.untyped_storage().data_ptr() not in self.weights and t.dtype == torch.float32]
-        used = [t for t in used if t.ndim > 1]
-        self.keep += used
-        for t in used:
-            self.size.setdefault(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes())
-        self.steps.append({t.untyped_storage().data_ptr() for t in used})
+        tensors = [t for t in tree_flatten((args, out))[0] if isinstance(t, torch.Tensor)]
+        for t in tensors:
+            storage = t.untyped_storage()
+            if t.dtype == torch.float32 and t.ndim > 1 and storage.data_ptr() not in self.weights:
+                self.lives.setdefault(storage.data_ptr(), [storage.nbytes(), self.now, None])[2] = self.now
+        self.keep += tensors  # so that no address comes twice
+        self.now += 1
         return out
 
     def peak(self):
-        first, last = {}, {}
-        for i, step in enumerate(self.steps):
-            for s in step:
-                first.setdefault(s, i)
-                last[s] = i
-        return max(sum(self.size[s] for s in first if first[s] <= i <= last[s]) for i in range(len(self.steps)))
+        return max(sum(size for size, first, last in self.lives.values() if first <= i <= last) for i in range(self.now))
 
 
 @pytest.mark.parametrize("arch", models.ARCHS)
@@ -288,13 +270,10 @@ def test_relaxed_costs(arch, cost):
     a = torch.stack([widths_for(net, s, LOWER) for s in range(5)]).requires_grad_()
     value = f(a, relaxed=True)
     (grad,) = torch.autograd.grad(value.sum(), a)
-    eps = 1e-6
-    for i in range(net.num_widths):
-        e = torch.zeros(net.num_widths, dtype=torch.float64)
-        e[i] = eps
-        with torch.no_grad():
-            slope = (f(a + e, relaxed=True) - f(a - e, relaxed=True)) / (2 * eps)
-        torch.testing.assert_close(grad[:, i], slope, rtol=1e-4, atol=1e-4 * value.max().item())
+    with torch.no_grad():
+        for i, e in enumerate(1e-6 * torch.eye(net.num_widths, dtype=torch.float64)):
+            slope = (f(a + e, relaxed=True) - f(a - e, relaxed=True)) / 2e-6
+            torch.testing.assert_close(grad[:, i], slope, rtol=1e-4, atol=1e-4 * value.max().item())
     whole = net.channels(a.detach()) / torch.tensor([g.max for g in net.groups])
     torch.testing.assert_close(f(whole, relaxed=True), f(a.detach()))  # at whole channel counts the two agree
     assert f(torch.rand(2, 3, net.num_widths) * 0.5 + 0.5).shape == (2, 3)
@@ -305,9 +284,8 @@ def test_costs_grow_with_every_width(arch):
     net = models.build(arch, 10, 64)
     a = torch.stack([widths_for(net, s) for s in range(20)])
     b = a + (1 - a) * torch.stack([widths_for(net, 100 + s, 0.0) for s in range(20)])
-    for cost in (net.flops, net.params, net.memory):
-        for relaxed in (False, True):
-            assert (cost(a, relaxed) <= cost(b, relaxed)).all() and (cost(b, relaxed) <= cost(1.0)).all()
+    for cost, relaxed in itertools.product((net.flops, net.params, net.memory), (False, True)):
+        assert (cost(a, relaxed) <= cost(b, relaxed)).all() and (cost(b, relaxed) <= cost(1.0)).all()
 
 
 # ------------------------------------------------------------------------------ history re-evaluated
@@ -315,16 +293,15 @@ def test_costs_grow_with_every_width(arch):
 
 
 def test_evaluation_is_the_plain_networks_and_leaves_no_trace():
-    torch.manual_seed(0)
     net = models.build("mbv2", 6, 32).eval()
     x, y = torch.randn(8, 3, 32, 32), torch.randint(6, (8,))
-    before = {k: v.clone() for k, v in net.state_dict().items()}
+    before = copy.deepcopy(net.state_dict())
     widths = torch.stack([widths_for(net, s, LOWER) for s in range(3)])
     losses = joslim.evaluate(net, widths, x, y)
-    assert not net.training and all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
-    for a, loss in zip(widths, losses, strict=True):
-        plain = net.extract(a).train()
-        torch.testing.assert_close(F.cross_entropy(plain(x), y), loss, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(dict(net.state_dict()), dict(before), rtol=0, atol=0)
+    assert not net.training
+    expected = torch.stack([F.cross_entropy(net.extract(a).train()(x), y) for a in widths])
+    torch.testing.assert_close(losses, expected.detach(), rtol=1e-4, atol=1e-5)
     assert joslim.evaluate(net, widths[:0], x, y).shape == (0,)
 
 
@@ -332,107 +309,84 @@ def test_evaluation_is_the_plain_networks_and_leaves_no_trace():
 # Compared with dense algebra (explicit inverses, torch's own densities), finite differences, and known truths.
 
 
-def dense_posterior(x, y, new, hyper):
-    """Rasmussen & Williams 2.25-2.26 with an explicit inverse, and the GP's own scale and mean formulas spelt out."""
-    ls, noise = hyper[:-1].exp(), hyper[-1].exp() + 1e-8
+def matern(u, v, hyper):
+    r = 5**0.5 * ((u[:, None] - v[None]) / hyper[:-1].exp()).pow(2).sum(-1).sqrt()
+    return (1 + r + r**2 / 3) * torch.exp(-r)
 
-    def kernel(u, v):
-        r = 5**0.5 * ((u[:, None] - v[None]) / ls).pow(2).sum(-1).sqrt()
-        return (1 + r + r**2 / 3) * torch.exp(-r)
 
-    inverse = torch.linalg.inv(kernel(x, x) + noise * torch.eye(len(x), dtype=x.dtype))
-    z = (y - y.mean()) / y.std(correction=0)
-    one = torch.ones_like(z)
+def dense_fit(x, z, hyper):
+    """Correlations of the observations, their inverse, and the mean and the output scale that are best for them."""
+    k = matern(x, x, hyper) + (hyper[-1].exp() + 1e-8) * torch.eye(len(x), dtype=x.dtype)
+    inverse, one = torch.linalg.inv(k), torch.ones_like(z)
     m = one @ inverse @ z / (one @ inverse @ one)
-    s2 = ((z - m) @ inverse @ (z - m) + 2) / (len(z) + 2)
-    k = kernel(new, x)
-    mean = m + k @ inverse @ (z - m)
-    variance = s2 * (1 - (k @ inverse * k).sum(1))
-    return mean * y.std(correction=0) + y.mean(), variance * y.var(correction=0)
+    return k, inverse, m, ((z - m) @ inverse @ (z - m) + 2) / (len(z) + 2)
 
 
 def test_gp_posterior_is_the_textbooks():
-    g = torch.Generator().manual_seed(0)
-    x, new = torch.rand(30, 3, generator=g).double(), torch.rand(11, 3, generator=g).double()
-    y = 5 + (3 * x).sin().sum(1) + 0.1 * torch.randn(30, generator=g).double()
-    for hyper in (None, torch.tensor([0.2, -0.5, 1.0, -3.0], dtype=torch.float64)):
-        model = gp.GP(x, y, hyper)
-        if hyper is None:
-            model.fit()
+    """Rasmussen & Williams, 2.25 and 2.26."""
+    x, new = torch.rand(30, 3).double(), torch.rand(11, 3).double()
+    y = 5 + (3 * x).sin().sum(1) + 0.1 * torch.randn(30).double()
+    z = (y - y.mean()) / y.std(correction=0)
+    for model in (gp.GP(x, y).fit(), gp.GP(x, y, torch.tensor([0.2, -0.5, 1.0, -3.0], dtype=torch.float64))):
+        _, inverse, m, s2 = dense_fit(x, z, model.hyper)
+        k = matern(new, x, model.hyper)
         mean, variance = model.posterior(new)
-        expected = dense_posterior(x, y, new, model.hyper)
-        torch.testing.assert_close(mean, expected[0], rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(variance, expected[1], rtol=1e-5, atol=1e-8)
+        expected = (m + k @ inverse @ (z - m)) * y.std(correction=0) + y.mean()
+        torch.testing.assert_close(mean, expected, rtol=1e-6, atol=1e-6)
+        expected = s2 * (1 - (k @ inverse * k).sum(1)) * y.var(correction=0)
+        torch.testing.assert_close(variance, expected, rtol=1e-5, atol=1e-8)
     assert model.posterior(new.reshape(11, 1, 3))[0].shape == (11, 1)
 
 
 def test_gp_posterior_gradient():
-    g = torch.Generator().manual_seed(0)
-    x = torch.rand(20, 2, generator=g).double()
+    x = torch.rand(20, 2).double()
     model = gp.GP(x, x.sin().sum(1)).fit()
-    new = torch.cat([torch.rand(4, 2, generator=g).double(), x[:1]]).requires_grad_()  # one on top of a datum
+    new = torch.cat([torch.rand(4, 2).double(), x[:1]]).requires_grad_()  # one on top of a datum
     assert torch.autograd.gradcheck(lambda t: model.posterior(t)[0], new[:4])
     (grad,) = torch.autograd.grad(sum(p.sum() for p in model.posterior(new)), new)
     assert grad.isfinite().all()
 
 
 def test_gp_objective_gradient():
-    """The hand-written gradient against finite differences, and the value against torch's own normal density."""
-    g = torch.Generator().manual_seed(0)
-    x, y = torch.rand(25, 3, generator=g).double(), torch.randn(25, generator=g).double()
+    """The hand-written gradient against finite differences, and the value against torch's own densities."""
+    x, y = torch.rand(25, 3).double(), torch.randn(25).double()
     model = gp.GP(x, y)
+    value = lambda h: model._objective(h, model.x, model.z)[0]  # noqa: E731
     hyper = torch.tensor([0.3, -0.4, 0.8, -2.0], dtype=torch.float64)
     _, grad = model._objective(hyper, model.x, model.z)
-    for i in range(4):
-        e = torch.zeros(4, dtype=torch.float64)
-        e[i] = 1e-5
-        up, down = (model._objective(hyper + s * e, model.x, model.z)[0] for s in (1, -1))
-        torch.testing.assert_close(grad[i], (up - down) / 2e-5, rtol=1e-5, atol=1e-6)
+    for i, e in enumerate(1e-5 * torch.eye(4, dtype=torch.float64)):
+        torch.testing.assert_close(grad[i], (value(hyper + e) - value(hyper - e)) / 2e-5, rtol=1e-5, atol=1e-6)
 
     def reference(h):
-        r = 5**0.5 * ((x[:, None] - x[None]) / h[:-1].exp()).pow(2).sum(-1).sqrt()
-        k = (1 + r + r**2 / 3) * torch.exp(-r) + (h[-1].exp() + 1e-8) * torch.eye(25, dtype=torch.float64)
-        inverse, one = torch.linalg.inv(k), torch.ones(25, dtype=torch.float64)
-        m = one @ inverse @ model.z / (one @ inverse @ one)
-        s2 = ((model.z - m) @ inverse @ (model.z - m) + 2) / 27
-        normal = torch.distributions.MultivariateNormal(m * one, s2 * k)
+        k, _, m, s2 = dense_fit(x, model.z, h)
+        normal = torch.distributions.MultivariateNormal(m.expand(25), s2 * k)
         # The scale's inverse-gamma prior (a = 0, b = 1, times constants) and the priors on the rest.
-        value = -normal.log_prob(model.z) + s2.log() + 1 / s2
         lengths = torch.distributions.LogNormal(2**0.5 + torch.tensor(3.0).double().log() / 2, 3**0.5)
         noise = torch.distributions.Normal(-6.0, 3.0)
-        return value - lengths.log_prob(h[:-1].exp()).sum() - noise.log_prob(h[-1])
+        priors = lengths.log_prob(h[:-1].exp()).sum() + noise.log_prob(h[-1])
+        return -normal.log_prob(model.z) + s2.log() + 1 / s2 - priors
 
     other = hyper + torch.tensor([0.5, 0.2, -0.3, 1.0], dtype=torch.float64)
-    ours = model._objective(hyper, model.x, model.z)[0] - model._objective(other, model.x, model.z)[0]
-    torch.testing.assert_close(ours, reference(hyper) - reference(other), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(value(hyper) - value(other), reference(hyper) - reference(other), rtol=1e-6, atol=1e-6)
 
 
 def test_gp_fit_recovers_length_scales():
     """Samples of a GP of known length scales and noise: the fits' geometric mean is close to the truth."""
-    truth, fits = torch.tensor([0.2, 0.5]).double(), []
-    for seed in range(6):
-        g = torch.Generator().manual_seed(seed)
-        x = torch.rand(200, 2, generator=g).double()
-        r = 5**0.5 * torch.cdist(x / truth, x / truth, compute_mode="donot_use_mm_for_euclid_dist")
-        k = (1 + r + r**2 / 3) * torch.exp(-r) + 0.05**2 * torch.eye(200).double()
-        fits.append(gp.GP(x, torch.linalg.cholesky(k) @ torch.randn(200, generator=g).double()).fit().hyper)
+    truth, fits = torch.tensor([0.2, 0.5, 0.05**2]).double(), []
+    for _ in range(6):
+        x = torch.rand(200, 2).double()
+        k = matern(x, x, truth.log()) + truth[2] * torch.eye(200).double()
+        fits.append(gp.GP(x, torch.linalg.cholesky(k) @ torch.randn(200).double()).fit().hyper)
     found = torch.stack(fits).mean(0).exp()
-    torch.testing.assert_close(found[:2], truth, rtol=0.2, atol=0)
-    assert 0.0015 < found[2] < 0.004  # 0.05^2 = 0.0025
+    torch.testing.assert_close(found[:2], truth[:2], rtol=0.2, atol=0)
+    assert 0.0015 < found[2] < 0.004
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 def test_gp_hard_data(scale):
-    g = torch.Generator().manual_seed(0)
-    x = torch.rand(12, 4, generator=g).double()
-    new = torch.rand(5, 4, generator=g).double()
-    for xs, ys in (
-        (x, x.sum(1)),
-        (x.repeat(3, 1), torch.randn(36, generator=g).double()),  # duplicates that disagree
-        (x[:1], torch.ones(1).double()),
-        (x, torch.ones(12).double()),  # constant
-        (x[:1].repeat(9, 1), torch.ones(9).double()),
-    ):
+    x, new, one = torch.rand(12, 4).double(), torch.rand(5, 4).double(), torch.ones(12).double()
+    duplicates, constant, single = (x.repeat(3, 1), torch.randn(36).double()), (x, one), (x[:1], one[:1])
+    for xs, ys in ((x, x.sum(1)), duplicates, constant, single, (x[:1].repeat(9, 1), one[:9])):
         mean, variance = gp.GP(xs, scale * ys).fit().posterior(new)
         assert mean.isfinite().all() and variance.isfinite().all() and (variance > 0).all()
     torch.testing.assert_close(gp.GP(x, scale * x.sum(1)).fit().posterior(x)[0] / scale, x.sum(1), rtol=0.02, atol=0)
@@ -444,24 +398,25 @@ def test_gp_hard_data(scale):
 
 def test_ucb_is_optimistic():
     """Among equal means the less known configuration is preferred: its value is lower."""
-    value = gp.ucb(torch.ones(2), torch.tensor([0.0, 4.0]), beta=0.25)
-    assert value.tolist() == [1.0, 0.0]
+    assert gp.ucb(torch.ones(2), torch.tensor([0.0, 4.0]), beta=0.25).tolist() == [1.0, 0.0]
     v = torch.tensor([0.0, 1.0], requires_grad=True)
     (grad,) = torch.autograd.grad(gp.ucb(3 * v, v, beta=0).sum(), v)
     assert grad.tolist() == [3.0, 3.0]  # the mean's alone
+
+
+def dominated(i, loss, cost, by):
+    return any(loss[j] <= loss[i] and cost[j] <= cost[i] and j != i for j in by)
 
 
 def test_chebyshev_by_hand_and_brute_force():
     f, w, z = torch.tensor([3.0, 1.0]), torch.tensor([0.25, 0.75]), torch.tensor([1.0, -1.0])
     assert gp.chebyshev(f, w, z, rho=0.1).item() == pytest.approx(max(0.5, 1.5) + 0.1 * (0.5 + 1.5))
     # Every point of a non-convex front is the minimiser for some lambda; no dominated one is.
-    g = torch.Generator().manual_seed(0)
-    points = torch.rand(40, 2, generator=g)
-    lam = torch.linspace(0.0005, 0.9995, 2000)
+    angle, lam = torch.rand(40) * math.pi / 2, torch.linspace(0.0005, 0.9995, 2000)
+    points = (1 + 0.3 * torch.rand(40, 1)) * torch.stack([angle.sin(), angle.cos()], -1)
     value = gp.chebyshev(points[:, None], torch.stack([lam, 1 - lam], -1), rho=1e-9)
-    found = set(value.argmin(0).tolist())
-    front = {i for i in range(40) if not any((points[j] <= points[i]).all() and j != i for j in range(40))}
-    assert found == front
+    front = {i for i in range(40) if not dominated(i, *points.T, range(40))}
+    assert set(value.argmin(0).tolist()) == front and 5 < len(front) < 40
 
 
 # ------------------------------------------------------------------------------ acquisition optimised over the box
@@ -470,13 +425,12 @@ def test_chebyshev_by_hand_and_brute_force():
 
 def test_optimizer_finds_minima_in_a_box():
     centre = torch.tensor([[0.3, 0.9, 2.0], [-1.0, 0.5, 0.6]], dtype=torch.float64)  # outside in places
-    x, value = gp.optimize_acquisition(lambda x: (x - centre).square().sum(-1), 0.0, 1.0, 3, 2, steps=60,
-                                       generator=torch.Generator().manual_seed(0))  # fmt: skip
+    x, value = gp.optimize_acquisition(lambda x: (x - centre).square().sum(-1), 0.0, 1.0, 3, 2, steps=60)
     torch.testing.assert_close(x, centre.clamp(0, 1), atol=0.02, rtol=0)
     torch.testing.assert_close(value, (x - centre).square().sum(-1))
-    start = torch.full((1, 3), 0.123).double()
-    spike = lambda x: 1 - (x - start).norm(dim=-1).lt(1e-9).double() + 0 * x.sum(-1)  # noqa: E731
-    assert gp.optimize_acquisition(spike, 0.0, 1.0, 3, starts=start)[1].item() == 0  # a start is never lost
+    start = torch.full((1, 3), 0.5).double()
+    spike = lambda x: x.sum(-1) - 10 * (x - start).norm(dim=-1).lt(1e-9).double()  # noqa: E731
+    assert gp.optimize_acquisition(spike, 0.0, 1.0, 3, starts=start)[1].item() == -8.5  # the best seen, though it is left
 
 
 # ------------------------------------------------------------------------------ target costs, proposals, history
@@ -489,10 +443,14 @@ def mean_width(a, relaxed=False):
     return a.mean(-1)
 
 
+def flops_ratio(net):
+    full = net.flops(1.0).item()
+    return lambda a, relaxed=False: net.flops(a, relaxed) / full
+
+
 def history(net, n, seed):
     """A sampler with n configurations of a known loss, a third of them uniform."""
-    full = net.flops(1.0).item()
-    sampler = joslim.Joslim(net.num_widths, lambda a, relaxed=False: net.flops(a, relaxed) / full, seed=seed)
+    sampler = joslim.Joslim(net.num_widths, flops_ratio(net), seed=seed)
     g = torch.Generator().manual_seed(seed)
     a = LOWER + (1 - LOWER) * torch.rand(n, net.num_widths, generator=g, dtype=torch.float64)
     a[: n // 3] = a[: n // 3, :1]
@@ -507,13 +465,10 @@ def test_targets_are_met(arch):
     net = models.build(arch, 10, 32)
     off = []
     for seed in range(5):
-        sampler = history(net, 40, seed)
-        low = sampler.cost(torch.full((net.num_widths,), LOWER)).item()
-        drawn = []
-        project = sampler.project_to_cost
+        sampler, drawn = history(net, 40, seed), []
+        low, project = sampler.cost(torch.full((net.num_widths,), LOWER)).item(), sampler.project_to_cost
         sampler.project_to_cost = lambda a, t: (drawn.append(t), project(a, t))[1]  # noqa: B023
-        cost = sampler.cost(sampler.sample(20))
-        off.append(cost - drawn[-1])
+        off.append(sampler.cost(sampler.sample(20)) - drawn[-1])
         part = ((drawn[-1] - low) / (1 - low) * 20).floor()
         assert sorted(part.tolist()) == list(range(20))
     assert (torch.cat(off).abs() <= 0.02).double().mean() >= 0.95
@@ -524,20 +479,16 @@ def test_targets_are_met(arch):
 
 def test_projection_gradient():
     sampler = history(models.build("resnet20", 10, 32), 5, 0)
-    a = sampler.widths[:, None] * 0.9 + 0.05
-    target = torch.tensor([0.5], dtype=torch.float64)
-    weight = torch.rand(12, generator=torch.Generator().manual_seed(0)).double()
+    a, target, weight = sampler.widths[:, None] * 0.9 + 0.05, torch.tensor([0.5]).double(), torch.rand(12).double()
     f = lambda a: (sampler.project_to_cost(a, target) * weight).sum()  # noqa: E731
     (grad,) = torch.autograd.grad(f(a.requires_grad_()), a)
-    for i in range(0, 12, 3):
-        e = torch.zeros(12).double()
-        e[i] = 1e-4
-        with torch.no_grad():
+    with torch.no_grad():
+        for i, e in enumerate(1e-4 * torch.eye(12).double()):
             torch.testing.assert_close(grad[..., i].sum(), (f(a + e) - f(a - e)) / 2e-4, atol=2e-2, rtol=2e-2)
 
     # Where the cost is the mean width, both have closed forms: a - mean(a) + target, weight - mean(weight).
     linear = joslim.Joslim(12, mean_width, lower=0.1)
-    a = (0.4 + 0.2 * torch.rand(3, 1, 12, generator=torch.Generator().manual_seed(1)).double()).requires_grad_()
+    a = (0.4 + 0.2 * torch.rand(3, 1, 12).double()).requires_grad_()
     out = linear.project_to_cost(a, target)
     torch.testing.assert_close(out, a - a.mean(-1, keepdim=True) + 0.5)
     (grad,) = torch.autograd.grad((out * weight).sum(), a)
@@ -548,18 +499,16 @@ def test_projection_gradient():
 def test_proposals_beat_random(targeted):
     """On a known loss, the front found has a smaller area than that of random and of uniform widths."""
     net = models.build("resnet20", 10, 32)
-    full = net.flops(1.0).item()
-    cost = lambda a, relaxed=False: net.flops(a, relaxed) / full  # noqa: E731
-    importance = torch.linspace(0, 1, net.num_widths).double() ** 3
+    cost, importance = flops_ratio(net), torch.linspace(0, 1, net.num_widths).double() ** 3
     loss = lambda a: (importance * a**-1.5).sum(-1)  # noqa: E731
     sampler = joslim.Joslim(net.num_widths, cost, seed=1, targeted=targeted)
     while len(sampler.widths) < 60:
         sampler.observe(loss(sampler.widths))
         sampler.sample(2)
-    n, low = len(sampler.widths), 0.2
+    n = len(sampler.widths)
     others = [s(net.num_widths, seed=2).sample(n) for s in (joslim.RandomWidths, joslim.UniformWidths)]
-    ends = torch.stack([torch.full((net.num_widths,), v).double() for v in (LOWER, 1.0)])
-    area = [joslim.front_area(loss(a), cost(a), low) for a in (torch.cat([w, ends]) for w in (sampler.widths, *others))]
+    ends = torch.tensor([[LOWER], [1.0]]).double().expand(2, net.num_widths)
+    area = [joslim.front_area(loss(a), cost(a), 0.2) for a in (torch.cat([w, ends]) for w in (sampler.widths, *others))]
     assert area[0] < min(area[1:])
     assert (sampler.widths >= LOWER).all() and (sampler.widths <= 1).all()
     assert len(sampler.widths.unique(dim=0)) == n or not targeted
@@ -567,15 +516,11 @@ def test_proposals_beat_random(targeted):
 
 def test_uniform_and_random_widths():
     """Both fill [lower, 1] evenly; uniform ones are one width for the whole network, random ones one each."""
-    for kind, columns in ((joslim.UniformWidths, 1), (joslim.RandomWidths, 3)):
-        a = kind(3, lower=0.2).sample(4000, keep=2)
-        assert a.shape == (4000, 3) and not kind.ready
-        a = (a[:, :columns].sort(0).values - 0.2) / 0.8
-        assert (a - torch.linspace(0, 1, 4000)[:, None]).abs().max() < 0.03  # Kolmogorov and Smirnov's distance
-    uniform = joslim.UniformWidths(3).sample(9)
-    assert (uniform == uniform[:, :1]).all()
-    random = joslim.RandomWidths(3).sample(4000).T
-    assert torch.corrcoef(random).fill_diagonal_(0).abs().max() < 0.06
+    uniform, random = (kind(3, lower=0.2).sample(4000, keep=2) for kind in (joslim.UniformWidths, joslim.RandomWidths))
+    for a in (uniform, random):
+        even = torch.linspace(0.2, 1, 4000).double()[:, None]
+        assert a.shape == (4000, 3) and (a.sort(0).values - even).abs().max() < 0.02
+    assert (uniform == uniform[:, :1]).all() and torch.corrcoef(random.T).fill_diagonal_(0).abs().max() < 0.06
 
 
 def test_history_starts_uniform_then_full():
@@ -588,7 +533,6 @@ def test_history_starts_uniform_then_full():
     refuses("finite", sampler.sample, 2)
     sampler.observe(torch.tensor([1.0, 2, 3, torch.nan, torch.inf, 4, 0]))  # two cannot be used
     assert sampler.sample(2).shape == (2, 4) and sampler.losses[-2:].isnan().all()
-    refuses("losses", sampler.observe, torch.zeros(3))
 
 
 def test_only_what_is_kept_joins_the_history():
@@ -596,32 +540,22 @@ def test_only_what_is_kept_joins_the_history():
     before = sampler.widths
     new = sampler.sample(9, keep=2)
     assert new.shape == (9, 6) and torch.equal(sampler.widths, torch.cat([before, new[:2]]))
-    costs = sampler.cost(new, relaxed=True).sort().values
-    smallest = sampler.cost(torch.full((6,), sampler.lower, dtype=torch.float64), relaxed=True)
-    edges = smallest + (1 - smallest) * torch.arange(10) / 9
-    assert (costs > edges[:-1] * 0.98).all() and (costs < edges[1:] * 1.02).all()  # one in each ninth of the range
+    low = sampler.cost(torch.full((6,), LOWER)).item()
+    part = (sampler.cost(new, relaxed=True) - low) / (1 - low) * 9  # one proposal in each ninth of the range
+    assert ((part.sort().values - torch.arange(9) - 0.5).abs() < 0.6).all()
     start = joslim.Joslim(3, mean_width, num_prior=4)
     sizes = [(len(start.sample(5, keep=2)), len(start.widths)) for _ in range(2)]
     assert sizes == [(5, 2), (5, 5)] and (start.widths[-1] == 1).all()
 
 
-def test_partly_renewed_losses():
-    sampler = joslim.Joslim(2, mean_width, num_prior=1)
-    sampler.widths = torch.rand(4, 2).double()
-    sampler.losses = torch.tensor([4.0, 5.0, 2.0, torch.nan]).double()
-    sampler.observe(torch.tensor([3.0, 1.5, 1.0]), torch.tensor([0, 3, 2]))
-    assert sampler.losses.tolist() == [3.0, 5.0, 1.0, 1.5]
-
-
 def test_averaging_shrinks_noise_and_follows_a_shift():
     """Batches' noise shrinks to the share that theory gives; what all losses do together passes at once."""
-    g, n, keep = torch.Generator().manual_seed(0), 400, 0.7
+    n, keep = 400, 0.7
     sampler = joslim.Joslim(2, mean_width, num_prior=1, ema=keep)
-    sampler.widths = torch.rand(n, 2, generator=g, dtype=torch.float64)
-    sampler.losses = torch.full((n,), torch.nan, dtype=torch.float64)
-    true = torch.rand(n, generator=g)
+    sampler.widths, sampler.losses = torch.rand(n, 2).double(), torch.full((n,), torch.nan).double()
+    true = torch.rand(n)
     for t in range(30):
-        sampler.observe(true - t + torch.randn(n, generator=g))
+        sampler.observe(true - t + torch.randn(n))
     error = sampler.losses - (true - t)
     assert error.std().item() == pytest.approx(((1 - keep) / (1 + keep)) ** 0.5, rel=0.1)  # an AR(1)'s variance
     assert abs(error.mean()) < 0.2
@@ -631,6 +565,9 @@ def test_averaging_shrinks_noise_and_follows_a_shift():
     assert torch.equal(sampler.losses[:3], fresh.double())
     sampler.observe(torch.tensor([torch.nan, 4.0]), torch.tensor([0, 1]))
     assert sampler.losses[0].isnan() and sampler.losses[1] == 4.0
+    sampler.ema, sampler.losses[:4] = 0.0, torch.tensor([4.0, 5.0, 2.0, torch.nan])
+    sampler.observe(torch.tensor([3.0, 1.5, 1.0]), torch.tensor([0, 3, 2]))  # no averaging: those named, as they are
+    assert sampler.losses[:4].tolist() == [3.0, 5.0, 1.0, 1.5]
 
 
 def test_same_state_same_proposals():
@@ -657,22 +594,19 @@ def test_rounding_moves_proposals_by_rounding(n, other):
         if other == "device":
             two.widths, two.losses = two.widths.cuda(), two.losses.cuda()
         elif other == "losses":
-            two.losses = two.losses * (1 + 1e-14 * torch.randn(n, generator=torch.Generator().manual_seed(seed)))
+            two.losses = two.losses * (1 + 1e-14 * torch.randn(n))
         else:
             two.widths, two.losses = two.widths.flip(0), two.losses.flip(0)
         torch.testing.assert_close(one.sample(2), two.sample(2).cpu(), rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("d, losses", [
-    (3, torch.ones(1000)), (3, torch.cat([torch.rand(50), torch.tensor([1e9])])), (3, torch.logspace(-8, 8, 60)),
-    (1, torch.rand(10)), (200, torch.rand(25)),
+    (3, torch.ones(1000)), (3, torch.linspace(0, 1, 50).square().index_fill(0, torch.tensor(7), 1e9)),
+    (3, torch.logspace(-8, 8, 60)), (1, torch.arange(10.0).sin()), (200, torch.arange(25.0).sin()),
 ])  # fmt: skip
 def test_hard_histories(d, losses):
-    sampler = joslim.Joslim(d, lambda a, relaxed=False: a.square().mean(-1), num_prior=1)
-    g = torch.Generator().manual_seed(0)
-    n = len(losses)
-    near = 0.7 + 1e-9 * torch.rand(n, d, generator=g).double()
-    for widths in (near, LOWER + (1 - LOWER) * torch.rand(n, d, generator=g).double()):
+    sampler, n = joslim.Joslim(d, lambda a, relaxed=False: a.square().mean(-1), num_prior=1), len(losses)
+    for widths in (0.7 + 1e-9 * torch.rand(n, d).double(), LOWER + (1 - LOWER) * torch.rand(n, d).double()):
         sampler.widths, sampler.losses = widths, losses.double()
         new = sampler.sample(2)
         assert new.shape == (2, d) and ((new >= LOWER) & (new <= 1)).all()
@@ -681,19 +615,18 @@ def test_hard_histories(d, losses):
 @pytest.mark.parametrize("seed", range(12))
 def test_any_history_gives_usable_proposals(seed):
     """Random dimension, box, history and scale of losses, some of them not finite."""
-    g = torch.Generator().manual_seed(seed)
-    d, n, m = (int(torch.randint(low, high, (), generator=g)) for low, high in ((1, 30), (1, 80), (1, 6)))
-    lower = 0.05 + 0.9 * torch.rand((), generator=g).item()
-    weight = torch.rand(d, generator=g).double() + 0.01
+    torch.manual_seed(seed)
+    d, n, m = (int(torch.randint(low, high, ())) for low, high in ((1, 30), (1, 80), (1, 6)))
+    lower, weight = 0.05 + 0.9 * torch.rand(()).item(), torch.rand(d).double() + 0.01
     cost = lambda a, relaxed=False: (a**2 @ weight) / weight.sum()  # noqa: E731
     sampler = joslim.Joslim(d, cost, lower, num_prior=1, seed=seed, targeted=bool(seed % 3))
-    sampler.widths = lower + (1 - lower) * torch.rand(n, d, generator=g).double()
-    sampler.losses = torch.randn(n, generator=g).double() * 10 ** (12 * torch.rand((), generator=g).double() - 6)
-    sampler.losses[torch.rand(n, generator=g) < 0.2] = torch.nan
+    sampler.widths = lower + (1 - lower) * torch.rand(n, d).double()
+    sampler.losses = torch.randn(n).double() * 10 ** (12 * torch.rand(()).double() - 6)
+    sampler.losses[torch.rand(n) < 0.2] = torch.nan
     sampler.losses[0] = 1.0
     new = sampler.sample(m)
     assert new.shape == (m, d) and (new >= lower).all() and (new <= 1).all() and len(sampler.losses) == n + m
-    sampler.observe(torch.rand(n + m, generator=g))
+    sampler.observe(torch.rand(n + m))
     assert sampler.sample(1).isfinite().all()
 
 
@@ -715,8 +648,9 @@ def gradient(net):
 @pytest.mark.parametrize("distill", [True, False])
 def test_sandwich_gradient_is_the_sum(distill):
     net, x, y, widths = joined_batch()
-    net.train()
-    losses = joslim.sandwich_step(net, x, y, widths, LOWER, label_smoothing=0.1, distill=distill)
+    before = copy.deepcopy(dict(net.named_buffers()))
+    losses = joslim.sandwich_step(net.train(), x, y, widths, LOWER, label_smoothing=0.1, distill=distill)
+    torch.testing.assert_close(dict(net.named_buffers()), before, rtol=0, atol=0)  # running statistics are left alone
     total = {n: torch.zeros_like(p) for n, p in net.named_parameters()}
     teacher, expected = None, []
     for a in (torch.ones(net.num_widths), *widths, torch.full((net.num_widths,), LOWER)):
@@ -746,23 +680,14 @@ def test_parts_of_a_batch_make_its_gradient():
     torch.testing.assert_close(sum(parts) / 4, losses)
 
 
-def test_training_leaves_running_statistics():
-    net, x, y, widths = joined_batch()
-    before = {k: v.clone() for k, v in net.named_buffers()}
-    joslim.sandwich_step(net.train(), x, y, widths)
-    assert before and all(torch.equal(v, before[k]) for k, v in net.named_buffers())
-
-
 def test_amp_computes_in_bfloat16():
     net, x, y, widths = joined_batch()
-    net.float(), (x := x.float())
     seen = []
-    net.fc.register_forward_hook(lambda m, inputs, out: seen.append(out.dtype))
+    net.float().fc.register_forward_hook(lambda m, inputs, out: seen.append(out.dtype))
     for amp in (True, False):
-        joslim.sandwich_step(net, x, y, widths, amp=amp)
-        joslim.evaluate(net, widths, x, y, amp)
-        assert set(seen) == {torch.bfloat16 if amp else torch.float32} and len(seen) == 6
-        seen.clear()
+        joslim.sandwich_step(net, x.float(), y, widths, amp=amp)
+        joslim.evaluate(net, widths, x.float(), y, amp)
+    assert seen == 6 * [torch.bfloat16] + 6 * [torch.float32]
 
 
 @on_a_gpu
@@ -834,23 +759,22 @@ def test_learning_rate():
     assert rates.index(max(rates)) in (9, 10) and rates[-1] == pytest.approx(0.2 / 40)
 
 
-@pytest.mark.parametrize("arch", ["resnet8", "mbv2"])
+@pytest.mark.parametrize("arch", ["resnet8", "mbv2", "resnet50"])
 def test_optimizer_is_sgd_whose_decay_skips_norms_and_biases(arch):
     net = models.build(arch, 6, 32)
     spare = {id(p) for m in net.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()}
     spare |= {id(m.bias) for m in net.modules() if getattr(m, "bias", None) is not None}
     before = [p.detach().clone() for p in net.parameters()]
-    grads = [torch.randn(2, *p.shape) for p in before]
     optimizer = train.make_optimizer(net, train.parse_args(["--lr", "0.1", "--weight-decay", "0.02"]))
-    for k in range(2):
-        for p, g in zip(net.parameters(), grads):
-            p.grad = g[k].clone()
+    for g in (1.0, 2.0):
+        for p in net.parameters():
+            p.grad = torch.full_like(p, g)
         optimizer.step()
-    for p, old, (one, two) in zip(net.parameters(), before, grads):
+    for p, old in zip(net.parameters(), before):
         decay = 0.0 if id(p) in spare else 0.02
-        first = one + decay * old
-        middle = old - 0.1 * first
-        torch.testing.assert_close(p.detach(), middle - 0.1 * (0.9 * first + two + decay * middle))
+        first = 1 + decay * old
+        second = 0.9 * first + 2 + decay * (old - 0.1 * first)  # with momentum
+        torch.testing.assert_close(p.detach(), old - 0.1 * first - 0.1 * second)
 
 
 def two_processes(rank, port, out):
@@ -866,16 +790,11 @@ def two_processes(rank, port, out):
     squares = world.map(lambda a: torch.cat([a, a**2], 1), torch.arange(5.0)[:, None], 2)
     assert squares.tolist() == [[i, i**2] for i in range(5)]
     state = world.from_first(net.state_dict() if rank == 0 else None)
-    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
-    stored = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in state.values()}
-    assert sum(stored.values()) == sum(v.nbytes for v in state.values())  # nothing is sent twice or beside
+    torch.testing.assert_close(state, net.state_dict(), rtol=0, atol=0)
 
-    sampler = history(net, 30, rank)  # another history on each
-    proposals = world.propose(sampler, 3, keep=1)
-    alone = history(net, 30, 0)
-    assert torch.equal(proposals, alone.sample(3, keep=1))  # process 0's count
-    for mine, firsts in zip(sampler.state_dict().values(), alone.state_dict().values(), strict=True):
-        torch.testing.assert_close(mine, firsts, rtol=0, atol=0, equal_nan=True)
+    sampler, firsts = history(net, 30, rank), history(net, 30, 0)  # they differ; process 0's counts
+    assert torch.equal(world.propose(sampler, 3, keep=1), firsts.sample(3, keep=1))
+    torch.testing.assert_close(sampler.state_dict(), firsts.state_dict(), rtol=0, atol=0, equal_nan=True)
     world.leave()
     assert not torch.distributed.is_initialized()
 
@@ -896,26 +815,21 @@ def test_two_processes_make_one_gradient(tmp_path):
 
 
 def test_calibration_is_the_statistics_by_hand():
-    torch.manual_seed(0)
     net = models.build("resnet8", 6, 16)
-    a = widths_for(net, 0, LOWER)
-    net.set_widths(a)
+    net.set_widths(widths_for(net, 0, LOWER))
     batches = [torch.randn(5, 3, 16, 16) * s + s for s in (1, 2, 3)]
     joslim.calibrate_bn(net, batches)
-    plain = net.extract()
-    inputs = {}
+    plain, inputs = net.extract().train(), {}
     for name, m in plain.named_modules():
         if isinstance(m, nn.BatchNorm2d):
-            m.register_forward_hook(lambda m, i, o, name=name: inputs.setdefault(name, []).append(i[0]))
-    with torch.no_grad():
-        for x in batches:
-            plain.train()(x)
+            m.register_forward_hook(lambda m, i, o, name=name: inputs.setdefault(name, []).append(i[0].detach()))
+    for x in batches:
+        plain(x)
     for name, seen in inputs.items():
         m = net.get_submodule(name)
-        n = m.writes.active
         mean, var = (torch.stack([f(i, (0, 2, 3)) for i in seen]).mean(0) for f in (torch.mean, torch.var))
-        torch.testing.assert_close(m.running_mean[:n], mean, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(m.running_var[:n], var, rtol=1e-4, atol=1e-5)
+        n = m.writes.active
+        torch.testing.assert_close([m.running_mean[:n], m.running_var[:n]], [mean, var], rtol=1e-4, atol=1e-5)
         assert m.momentum == 0
     refuses("batches", joslim.calibrate_bn, net, [])
     with pytest.raises(RuntimeError):  # images of the wrong kind, in the middle: training goes on as if nothing had been
@@ -927,14 +841,9 @@ def test_calibration_is_the_statistics_by_hand():
 # Compared with loops over all pairs, and with a sum over 20,000 budgets.
 
 
-def dominated(i, loss, cost, by):
-    return any(loss[j] <= loss[i] and cost[j] <= cost[i] and j != i for j in by)
-
-
 def test_pareto_front_and_area_by_brute_force():
-    g = torch.Generator().manual_seed(0)
     for n in (1, 2, 30, 200):
-        loss, cost = torch.rand(n, generator=g), (torch.rand(n, generator=g) * 10).round() / 10  # ties in cost
+        loss, cost = torch.rand(n), (torch.rand(n) * 10).round() / 10  # ties in cost
         front = joslim.pareto_front(loss, cost).tolist()
         assert sorted(front) == [i for i in range(n) if not dominated(i, loss, cost, range(n))]
         assert cost[front].tolist() == sorted(cost[front].tolist())
@@ -948,8 +857,7 @@ def test_pareto_front_and_area_by_brute_force():
 
 
 def test_shortlist_takes_whole_fronts():
-    g = torch.Generator().manual_seed(0)
-    loss, cost = torch.rand(50, generator=g), torch.rand(50, generator=g)
+    loss, cost = torch.rand(50), torch.rand(50)
     chosen = joslim.shortlist(loss, cost, 20).tolist()
     assert 20 <= len(set(chosen)) == len(chosen) < 50
     assert all(dominated(i, loss, cost, chosen) for i in set(range(50)) - set(chosen))
@@ -959,23 +867,17 @@ def test_shortlist_takes_whole_fronts():
 
 
 def test_a_long_front_is_thinned_evenly():
-    cost = torch.rand(100, generator=torch.Generator().manual_seed(0)).double()
+    cost = torch.rand(100).double()
     front = cost.argsort()[:60]
-    thinned = train.thin(front, cost, 7).tolist()
     first, last = cost[front[0]].item(), cost[front[-1]].item()
     grid = [first + (last - first) * i / 6 for i in range(7)]
-    assert thinned == [min(front.tolist(), key=lambda i: abs(cost[i] - c)) for c in grid]
+    nearest = [min(front.tolist(), key=lambda i: abs(cost[i] - c)) for c in grid]  # noqa: B023
+    assert train.thin(front, cost, 7).tolist() == nearest
     assert torch.equal(train.thin(front, cost, 60), front)
 
 
 # ------------------------------------------------------------------------------ data
-# Compared with the bytes that were written, every possible crop of them, and torchvision's own presets.
-
-
-def write_idx(path, t):
-    with gzip.open(path, "wb") as f:
-        f.write(struct.pack(">HBB", 0, 8, t.ndim) + struct.pack(f">{t.ndim}I", *t.shape) + t.numpy().tobytes())
-
+# Compared with the bytes that were written, every possible crop of them, and torchvision's own preset.
 
 # Data set: its folder, the names of its training and test files, the number of classes.
 IDX = {
@@ -983,44 +885,47 @@ IDX = {
     "kmnist": ("KMNIST/raw", ("train", "t10k"), 10),
     "emnist": ("EMNIST/raw", ("emnist-balanced-train", "emnist-balanced-test"), 47),
 }
+# Its folder, the names of its training files, test file, labels and file of class names.
 CIFAR = {
     "cifar10": ("cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], "test_batch", "labels", "batches.meta"),
     "cifar100": ("cifar-100-python", ["train"], "test", "fine_labels", "meta"),
 }
 
 
+def noise(*shape):
+    return torch.randint(256, shape, dtype=torch.uint8)
+
+
+def write_idx(path, t):
+    with gzip.open(path, "wb") as f:
+        f.write(struct.pack(">HBB", 0, 8, t.ndim) + struct.pack(f">{t.ndim}I", *t.shape) + t.numpy().tobytes())
+
+
 def write_data(kind, root, patch=None):
-    """A data set of some 100 images in the real one's file format; CIFAR's checksums become those of these files."""
-    g = torch.Generator().manual_seed(0)
-    images = lambda n, *shape: torch.randint(256, (n, *shape), generator=g, dtype=torch.uint8)  # noqa: E731
+    """Some 100 images in a data set's own file format; CIFAR's checksums become those of these files."""
     if kind in IDX:
-        folder, names, classes = IDX[kind]
+        folder, parts, classes = IDX[kind]
         (root / folder).mkdir(parents=True)
-        for name, n in zip(names, (96, 20)):
-            write_idx(root / folder / f"{name}-images-idx3-ubyte.gz", images(n, 28, 28))
-            write_idx(root / folder / f"{name}-labels-idx1-ubyte.gz", (torch.arange(n) % classes).byte())
+        for part, n in zip(parts, (96, 20)):
+            write_idx(root / folder / f"{part}-images-idx3-ubyte.gz", noise(n, 28, 28))
+            write_idx(root / folder / f"{part}-labels-idx1-ubyte.gz", (torch.arange(n) % classes).byte())
     elif kind in CIFAR:
-        folder, names, test, key, meta = CIFAR[kind]
+        folder, parts, test, labels, meta = CIFAR[kind]
         (root / folder).mkdir(parents=True)
-        written = {meta: {"label_names": [], "fine_label_names": []}}
-        for name in (*names, test):
-            n = 100 // len(names)
-            written[name] = {"data": images(n, 3072).numpy(), key: [i % 10 for i in range(n)]}
-        for name, entry in written.items():
-            (root / folder / name).write_bytes(pickle.dumps(entry))
-        md5 = {name: hashlib.md5((root / folder / name).read_bytes()).hexdigest() for name in written}
+        sizes, md5 = {**dict.fromkeys(parts, 100 // len(parts)), test: 20}, {}
+        entries = {name: {"data": noise(n, 3072).numpy(), labels: [i % 10 for i in range(n)]} for name, n in sizes.items()}
+        for name, entry in (entries | {meta: {"label_names": [], "fine_label_names": []}}).items():
+            (root / folder / name).write_bytes(raw := pickle.dumps(entry))
+            md5[name] = hashlib.md5(raw).hexdigest()
         reader = getattr(torchvision.datasets, kind.upper())
-        patch.setattr(reader, "train_list", [[name, md5[name]] for name in names])
+        patch.setattr(reader, "train_list", [[name, md5[name]] for name in parts])
         patch.setattr(reader, "test_list", [[test, md5[test]]])
         patch.setattr(reader, "meta", reader.meta | {"md5": md5[meta]})
     else:
-        from PIL import Image
-
-        for s, n in (("train", 96), ("val", 20)):
-            for c in ("cat", "dog"):
-                (root / s / c).mkdir(parents=True)
-                for i in range(n // 2):
-                    Image.fromarray(images(1, 40, 50, 3)[0].numpy()).save(root / s / c / f"{i}.jpeg")
+        for part, c, i in itertools.product(("train", "val"), ("cat", "dog"), range(48)):
+            if part == "train" or i < 10:
+                (root / part / c).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(noise(40, 50, 3).numpy()).save(root / part / c / f"{i}.jpeg")
     return root
 
 
@@ -1035,24 +940,19 @@ SMALL = ["--device", "cpu", "--epochs", "2", "--batch-size", "32", "--held-out",
 
 
 def small_data(*flags, rank=0, size=1):
-    world = train.World("cpu")
-    data = train.Data(train.parse_args([*SMALL, *flags]), world)
-    world.rank, world.size = rank, size  # as if this were one of several
+    data = train.Data(train.parse_args([*SMALL, *flags]), train.World("cpu"))
+    data.world.rank, data.world.size = rank, size  # as if this were one of several
     return data
 
 
 @pytest.mark.parametrize("kind", [*IDX, *CIFAR])
 def test_arrays_are_read_as_written(kind, make_data):
     args = train.parse_args(make_data(kind))
+    torch.manual_seed(0)  # what was drawn is drawn again
+    n, shape, labels = (96, (1, 28, 28), IDX[kind][2]) if kind in IDX else (100, (3, 32, 32), 10)
     (x, y), (test_x, test_y), classes = train.load_arrays(args, train.World("cpu"))
-    g = torch.Generator().manual_seed(0)
-    if kind in IDX:
-        shape, sizes, labels = (1, 28, 28), (96, 20), IDX[kind][2]
-    else:
-        shape, sizes, labels = (3, 32, 32), (100, 20 if kind == "cifar10" else 100), 10
-    written = [torch.randint(256, (n, *shape), generator=g, dtype=torch.uint8) for n in sizes]
-    assert torch.equal(x, written[0]) and torch.equal(test_x, written[1])
-    assert y.tolist() == [i % labels for i in range(len(x))] and test_y.tolist() == [i % labels for i in range(len(test_x))]
+    assert torch.equal(x, noise(n, *shape)) and torch.equal(test_x, noise(20, *shape))
+    assert y.tolist() == [i % labels for i in range(n)] and test_y.tolist() == [i % labels for i in range(20)]
     assert classes == (100 if kind == "cifar100" else labels)
 
 
@@ -1060,50 +960,63 @@ def test_batches_depend_on_seed_epoch_and_image_alone(make_data):
     for flags in ([*make_data("imagenet"), "--image-size", "16"], make_data("cifar10")):
         whole = list(small_data(*flags, "--workers", "0").train(1, 0))[:2]
         later = next(iter(small_data(*flags, "--workers", "2").train(1, 1)))  # resumed; other workers
-        assert torch.equal(later[0], whole[1][0]) and torch.equal(later[1], whole[1][1])
+        torch.testing.assert_close(list(later), list(whole[1]), rtol=0, atol=0)
         parts = [next(iter(small_data(*flags, "--workers", "0", rank=rank, size=2).train(1, 0)))[0] for rank in (0, 1)]
         assert torch.equal(torch.cat(parts), whole[0][0])  # nor on the number of processes
-        for epoch, seed in ((0, "0"), (1, "1")):
-            other = next(iter(small_data(*flags, "--workers", "0", "--seed", seed).train(epoch, 0)))
-            assert not torch.equal(other[0], whole[0][0])
+        other = next(iter(small_data(*flags, "--workers", "0", "--seed", "1").train(1, 0)))
+        assert not torch.equal(other[0], whole[0][0])
+        images = small_data(*flags, "--workers", "0").training_set
+        (first, _), (second, _) = (next(iter(images.load(torch.arange(8)[None], epoch))) for epoch in (0, 1))
+        assert not any(torch.equal(a, b) for a, b in zip(first, second))
 
 
 def test_crops_and_flips_are_among_all_there_are(make_data):
-    data = small_data(*make_data("cifar10"))
-    seen, images = {}, data.training_set.x  # padded by 4 on each side
-    assert images.shape == (84, 3, 40, 40)
+    images = small_data(*make_data("cifar10")).training_set  # padded by 4 on each side
+    origin, found = {}, []
     for i, top, left in itertools.product(range(84), range(9), range(9)):
-        crop = images[i, :, top : top + 32, left : left + 32]
-        seen[bytes(crop.contiguous().numpy())] = i, top, left, False
-        seen[bytes(crop.flip(-1).contiguous().numpy())] = i, top, left, True
-    found = []
-    for x, y in data.train(0, 0):
-        raw = (x * data.training_set.std + data.training_set.mean).round().byte()
-        found += [seen[bytes(image.numpy())] for image in raw]
-        assert y.tolist() == data.training_set.y[[f[0] for f in found[-32:]]].tolist()
-    i, top, left, flip = zip(*found)
-    assert len(set(i)) == 64 and set(top) == set(left) == set(range(9)) and 16 < sum(flip) < 48
-    x = torch.cat([x for x, _ in small_data(*make_data("fashion-mnist"), "--calibrate-images", "80").batches("calibrate")])
+        crop = images.x[i, :, top : top + 32, left : left + 32]
+        origin[bytes(crop.contiguous().numpy())] = i, top, left, False
+        origin[bytes(crop.flip(-1).contiguous().numpy())] = i, top, left, True
+    for x, y in images.load(torch.arange(84).view(2, 42), epoch=0):
+        raw = (x * images.std + images.mean).round().byte()
+        found += [(*origin[bytes(image.numpy())], label) for image, label in zip(raw, y.tolist())]
+    i, top, left, flip, label = zip(*found)
+    assert i == (*range(84),) and list(label) == images.y.tolist()
+    assert set(top) == set(left) == set(range(9)) and len({*zip(top, left)}) > 40 and 25 < sum(flip) < 59
+
+
+def test_images_are_scaled_to_mean_0_and_deviation_1(make_data):
+    data = small_data(*make_data("fashion-mnist"), "--calibrate-images", "80")
+    x = torch.cat([x for x, _ in data.batches("calibrate")])
     torch.testing.assert_close(torch.stack([x.mean(), x.std()]), torch.tensor([0.0, 1.0]), atol=1e-5, rtol=0)
+    ordered = torch.cat([x for x, _ in data.train(0, 0)]).flatten(1)  # neither cropped nor flipped
+    assert all((x.flatten(1) == image).all(1).any() for image in ordered)
 
 
 def test_images_of_folders_are_torchvisions(make_data):
-    """What is tested, as torchvision's own preset has it: resize, centre crop, its mean and deviation."""
+    """What is tested is as torchvision's own preset has it; what is trained on, flipped and jittered."""
     from torchvision.transforms._presets import ImageClassification
 
     flags = [*make_data("imagenet"), "--image-size", "28", "--workers", "0"]
     ((x, y),) = small_data(*flags).batches("test")
-    preset = ImageClassification(crop_size=28, resize_size=32)
-    folder = torchvision.datasets.ImageFolder(Path(flags[3], "val"))
+    preset, folder = ImageClassification(crop_size=28, resize_size=32), torchvision.datasets.ImageFolder(f"{flags[3]}/val")
     torch.testing.assert_close(x, torch.stack([preset(image) for image, _ in folder]), atol=1e-5, rtol=0)
     assert y.tolist() == folder.targets
+
+    halves = torch.tensor([100, 150]).byte().repeat_interleave(25).view(1, 50, 1).expand(40, 50, 3)
+    for path in Path(flags[3], "train").rglob("*.jpeg"):
+        Image.fromarray(halves.numpy()).save(path)
+    red = torch.cat([x for x, _ in small_data(*flags).train(0, 0)])[:, 0] * 0.229 + 0.485
+    as_they_were = (red[:, :, 14:].mean((1, 2)) > red[:, :, :14].mean((1, 2))).sum()
+    assert 16 < as_they_were < 48  # others are flipped; and jittered:
+    assert red.max() > 1.2 * 150 / 255 and red.min() < 0.8 * 100 / 255
 
 
 def test_held_out_images_are_training_images_not_trained_on(make_data):
     data = small_data(*make_data("cifar10"))
-    kept, held, test = ([bytes(i.contiguous().numpy()) for i in x]
-                        for x in (data.training_set.x[..., 4:-4, 4:-4], data.held_out_set.x, data.test_set.x))  # fmt: skip
-    assert (len(held), len({*kept, *held}), len({*kept, *held, *test})) == (16, 100, 120)
+    parts = data.training_set.x[..., 4:-4, 4:-4], data.held_out_set.x, data.test_set.x
+    kept, held, test = ([bytes(image.contiguous().numpy()) for image in x] for x in parts)
+    assert (len(kept), len(held), len({*kept, *held}), len({*kept, *held, *test})) == (84, 16, 100, 120)
 
 
 def test_held_out_batches_go_round(make_data):
@@ -1154,32 +1067,36 @@ def widths_of(row):
     return torch.tensor([float(w) for w in row["widths"].split()], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("fresh", [False, True])
-def test_training_is_the_loop_that_joslim_opens_with(fresh, tiny, tmp_path):
-    flags = [*tiny, "--tau", "2", "--warmup-epochs", "1", *["--fresh-widths"] * fresh]
+@pytest.mark.parametrize("flags", [
+    "joslim", "joslim --fresh-widths", "slim --accumulate 2 --label-smoothing 0.1", "twostage --no-distillation"
+])  # fmt: skip
+def test_training_is_the_loop_that_joslim_opens_with(flags, tiny, tmp_path):
+    flags = [*tiny, "--tau", "2", "--warmup-epochs", "1", "--method", *flags.split()]
     assert train.main([*flags, "--out", str(tmp_path)]) == 0
-    data = train.Data(train.parse_args(flags), train.World("cpu"))
+    args = train.parse_args(flags)
+    data, k = train.Data(args, train.World("cpu")), args.accumulate
     torch.manual_seed(0)
     net = models.build("resnet8", 10, 8, 1).to(memory_format=torch.channels_last)
-    full = net.flops(1.0).item()
-    sampler = joslim.Joslim(net.num_widths, lambda a, relaxed=False: net.flops(a, relaxed) / full, num_prior=3, ema=0.7)
+    sampler = {"joslim": joslim.Joslim(6, flops_ratio(net), num_prior=3, ema=0.7),
+               "slim": joslim.UniformWidths(6), "twostage": joslim.RandomWidths(6)}[args.method]  # fmt: skip
     groups = [{"params": [p], "weight_decay": 5e-4 if p.ndim > 1 else 0} for p in net.parameters()]
     optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
     for step, (x, y) in enumerate(batch for epoch in range(4) for batch in data.train(epoch, 0)):
-        if step % 2 == 0:
+        if step % 2 == 0 or args.method != "joslim":
             if sampler.ready:
                 sampler.observe(joslim.evaluate(net, sampler.widths, *data.held_out(step // 2)))
-            new = sampler.sample(4, keep=2) if fresh else sampler.sample(2)
+            widths = sampler.sample(4 if args.fresh_widths else 2, keep=2)
         optimizer.zero_grad()
-        joslim.sandwich_step(net, x, y, new[2 * (step % 2) :][:2] if fresh else new)
+        for part in zip(x.chunk(k), y.chunk(k)):
+            joslim.sandwich_step(net, *part, widths[-2:] if step % 2 else widths[:2], scale=1 / k,
+                                 label_smoothing=args.label_smoothing, distill=args.distillation)  # fmt: skip
         for group in optimizer.param_groups:
             group["lr"] = 0.5 * 32 / 256 * min((step + 1) / 2, (8 - step) / 6)
         optimizer.step()
-    state = read_state(tmp_path)
-    assert state["step"] == step + 1 == 8 and len(sampler.widths) == 9  # two a round, and the full network
+    state, theirs = read_state(tmp_path), sampler.state_dict()
+    assert state["step"] == step + 1 == 8 and len(theirs.get("widths", range(9))) == 9  # two a round, and the full network
     torch.testing.assert_close(state["model"], dict(net.state_dict()), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(state["sampler"]["widths"], sampler.widths, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(state["sampler"]["losses"], sampler.losses, rtol=1e-4, atol=1e-4, equal_nan=True)
+    torch.testing.assert_close(state["sampler"], theirs, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 def test_front_csv_is_the_plain_networks(tiny, tmp_path):
@@ -1192,12 +1109,12 @@ def test_front_csv_is_the_plain_networks(tiny, tmp_path):
     data = train.Data(train.parse_args(flags), train.World("cpu"))
 
     # Chosen among the history and the two that every step trains: the full one, and what no other beats.
-    a = torch.cat([torch.full((1, 6), LOWER).double(), torch.ones(1, 6).double(), state["sampler"]["widths"]])
+    a = torch.cat([torch.tensor([[1.0], [LOWER]]).double().expand(2, 6), state["sampler"]["widths"]])
     ((x, y),) = data.batches("held-out")
-    loss, cost = [F.cross_entropy(net.extract(w).train()(x), y).item() for w in a], net.flops(a).tolist()
-    loss[1] = -math.inf
-    best = [i for i in range(len(a)) if not any(dominated(i, loss, cost, [j]) for j in range(len(a)))]
-    assert len(rows) >= 3 and [int(row["flops"]) for row in rows] == sorted(cost[i] for i in best)
+    loss = [-math.inf, *(F.cross_entropy(net.extract(w).train()(x), y).item() for w in a[1:])]
+    pairs = sorted({*zip(net.flops(a).tolist(), loss)})
+    best = [c for i, (c, _) in enumerate(pairs) if not dominated(i, *zip(*pairs), range(len(pairs)))]
+    assert len(rows) >= 3 and [int(row["flops"]) for row in rows] == best
 
     ((x, y),), images = data.batches("test"), [x for x, _ in data.batches("calibrate")]
     for row in rows:
@@ -1229,17 +1146,15 @@ def test_real_formats_train(data, arch, make_data, tmp_path):
     classes = {"emnist": 47, "fashion-mnist": 10, "cifar10": 10, "cifar100": 100, "imagenet": 2}[data]
     net = models.build(arch, classes, 28 if data == "emnist" else 32, 1 if data in IDX else 3)
     for row in rows:
-        a = widths_of(row)
-        assert abs(net.flops(a).item() - int(row["flops"])) <= 1 and abs(net.memory(a).item() - int(row["memory"])) <= 1
+        costs = [getattr(net, cost)(widths_of(row)).item() for cost in train.COSTS]
+        assert costs == [int(row[cost]) for cost in train.COSTS]
     assert int(rows[-1]["flops"]) == net.flops(1.0).item()
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert names - {"front.png"} == {"checkpoint.pt", "checkpoint.previous.pt", "log.jsonl", "front.csv"}
 
 
 @pytest.mark.parametrize("flags", [
-    "--method slim --cost params --accumulate 4",
-    "--method twostage --cost memory --no-distillation",
-    "--method joslim --cost flops --random-lambda --amp",
+    "--method slim --cost params", "--method twostage --cost memory", "--method joslim --cost flops --random-lambda --amp",
 ])  # fmt: skip
 def test_methods_and_costs(flags, tiny, tmp_path):
     _, method, _, cost, *_ = flags.split()
@@ -1258,12 +1173,7 @@ def test_finished_weights_are_searched(tiny, tmp_path, capsys, monkeypatch):
     """Another method's run, for another cost: its weights stay; each configuration is judged once, on the same images."""
     assert train.main([*tiny, "--method", "slim", "--out", str(tmp_path / "slim")]) == 0
     judged, evaluate = [], train.evaluate
-
-    def noted(net, widths, *rest):
-        judged.append((len(widths), rest[0]))
-        return evaluate(net, widths, *rest)
-
-    monkeypatch.setattr(train, "evaluate", noted)
+    monkeypatch.setattr(train, "evaluate", lambda *args: judged.append((len(args[1]), args[2])) or evaluate(*args))
     flags = [*tiny, "--search", str(tmp_path / "slim"), "--cost", "memory"]
     assert train.main([*flags, "--out", str(tmp_path / "searched")]) == 0
     *rounds, whole = judged  # the last is the choice of the front
@@ -1281,12 +1191,9 @@ def test_finished_weights_are_searched(tiny, tmp_path, capsys, monkeypatch):
 
 
 def same_run(one, two):
-    a, b = read_state(one), read_state(two)
     for part in ("model", "sampler"):
-        assert a[part].keys() == b[part].keys()
-        for k in a[part]:
-            torch.testing.assert_close(a[part][k], b[part][k], rtol=0, atol=0, equal_nan=True)
-    return (Path(one) / "front.csv").read_bytes() == (Path(two) / "front.csv").read_bytes()
+        torch.testing.assert_close(read_state(one)[part], read_state(two)[part], rtol=0, atol=0, equal_nan=True)
+    return (one / "front.csv").read_bytes() == (two / "front.csv").read_bytes()
 
 
 def launch(processes, *options):
@@ -1295,8 +1202,8 @@ def launch(processes, *options):
 
 
 def start(command):
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **streams)
 
 
 def finish(command):
@@ -1402,7 +1309,7 @@ def test_existing_runs_are_not_overwritten(tiny, tmp_path, capsys):
 def test_a_folder_in_use(tiny, tmp_path, capsys):
     (tmp_path / "log.jsonl").write_text("not a whole line")
     with open(tmp_path / "log.jsonl") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
+        fcntl.flock(other, fcntl.LOCK_SH)
         assert train.main([*tiny, "--out", str(tmp_path), "--resume"]) == 2
         assert "in use" in capsys.readouterr().err
     assert (tmp_path / "log.jsonl").read_text() == "not a whole line"
@@ -1421,10 +1328,9 @@ def one_line(capsys):
 
 
 def damage(path, how):
-    raw = bytearray(path.read_bytes())
-    if how == "flipped":
-        for i in range(500, len(raw) - 500, 97):
-            raw[i] ^= 16
+    raw, largest = bytearray(path.read_bytes()), max(zipfile.ZipFile(path).infolist(), key=lambda part: part.file_size)
+    if how == "flipped":  # one bit of one weight
+        raw[largest.header_offset + largest.file_size // 2] ^= 16
     path.write_bytes({"truncated": raw[:-200], "empty": b"", "garbage": os.urandom(5000)}.get(how, raw))
 
 
@@ -1485,7 +1391,7 @@ def test_pickles_that_run_code_do_not(tiny, make_data, tmp_path, capsys):
             return os.mkdir, (str(tmp_path / "ran"),)
 
     flags = make_data("cifar10")
-    (tmp_path / "cifar10/cifar-10-batches-py/data_batch_3").write_bytes(pickle.dumps({b"data": Evil()}))
+    (tmp_path / "cifar10/cifar-10-batches-py/data_batch_3").write_bytes(pickle.dumps({"data": Evil()}))
     assert train.main([*SMALL, *flags, "--out", str(tmp_path / "out")]) == 2
     assert "data_batch_3" in one_line(capsys)
     (tmp_path / "out2").mkdir()
@@ -1497,8 +1403,7 @@ def test_pickles_that_run_code_do_not(tiny, make_data, tmp_path, capsys):
 
 def test_divergence_stops_before_the_checkpoint(tiny, tmp_path, capsys):
     assert train.main([*tiny, "--lr", "1e30", "--out", str(tmp_path)]) == 1
-    err = one_line(capsys)
-    assert "learning rate" in err and "step" in err
+    assert re.search(r"step 2: loss \w+ of .* at learning rate 1.25e\+29", one_line(capsys))
     for path in tmp_path.glob("*.pt"):
         state = torch.load(path, weights_only=True)
         assert all(v.isfinite().all() for v in state["model"].values())
@@ -1515,7 +1420,7 @@ def test_a_gradient_that_is_not_finite_reaches_no_checkpoint(tiny, tmp_path, cap
         return losses
 
     monkeypatch.setattr(train, "sandwich_step", overflow)
-    assert train.main([*tiny, "--method", "slim", "--out", str(tmp_path)]) == 1
+    assert train.main([*tiny, "--method", "slim", "--log-seconds", "99", "--out", str(tmp_path)]) == 1
     err = one_line(capsys)
     assert "step 4: a gradient of the full network, widths [" in err and "learning rate" in err
     state = read_state(tmp_path)
@@ -1543,12 +1448,14 @@ def test_a_configuration_that_is_not_finite_is_left_out(tiny, tmp_path, capsys, 
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_corrupt_image_is_named(workers, make_data, tmp_path, capsys):
+def test_corrupt_image_is_named(workers, make_data, tmp_path, capsys, monkeypatch):
     flags = [*SMALL, *make_data("imagenet"), "--arch", "resnet8", "--image-size", "16"]
     for path in (tmp_path / "imagenet" / "train").rglob("*.jpeg"):
         path.write_bytes(b"no image")
     assert train.main([*flags, "--workers", workers, "--out", str(tmp_path / "out")]) == 2
     assert ".jpeg: not a readable image" in one_line(capsys)
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
+    gc.collect()  # of the loader, whose worker torch would wait 5 seconds for in a later test
 
 
 # ------------------------------------------------------------------------------ bad input
@@ -1556,34 +1463,19 @@ def test_corrupt_image_is_named(workers, make_data, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, word", [
-    ("--epochs 0", "--epochs: expected a whole number, at least 1 and below 2^63, got '0'"),
-    ("--epochs many", "--epochs: expected a whole number"),
-    ("--tau 0", "--tau"),
-    ("--subnets 0", "--subnets"),
-    ("--lower 0", "--lower: expected a number in (0, 1]"),
-    ("--lower 1.5", "--lower"),
-    ("--lr -1", "--lr: expected a number, at least 0"),
-    ("--lr nan", "--lr"),
-    ("--lr inf", "--lr"),
-    ("--label-smoothing 1", "--label-smoothing: expected a number in [0, 1)"),
-    ("--image-size 1", "at least 2"),
-    ("--workers -1", "--workers"),
-    ("--seed 99999999999999999999", "2^63"),
-    ("--arch vgg", "--arch: invalid choice: 'vgg'"),
-    ("--data mnist", "--data: invalid choice: 'mnist'"),
-    ("--frobnicate", "--frobnicate"),
-    ("--device abacus", "abacus"),
-    ("--device meta", "--device: expected cpu, cuda or cuda:N, got 'meta'"),
+    ("--epochs 0", "--epochs: expected a whole number, at least 1"), ("--epochs many", "--epochs: expected a whole number"),
+    ("--tau 0", "--tau"), ("--subnets 0", "--subnets"), ("--workers -1", "--workers"), ("--image-size 1", "at least 2"),
+    ("--lower 0", "--lower: expected a number in (0, 1]"), ("--lower 1.5", "--lower"), ("--frobnicate", "--frobnicate"),
+    ("--lr -1", "--lr: expected a number, at least 0"), ("--lr nan", "--lr"), ("--lr inf", "--lr"),
+    ("--label-smoothing 1", "--label-smoothing: expected a number in [0, 1)"), ("--seed 9223372036854775808", "2^63"),
+    ("--arch vgg", "--arch: invalid choice: 'vgg'"), ("--data mnist", "--data: invalid choice: 'mnist'"),
+    ("--device abacus", "'abacus'"), ("--device meta", "--device: expected cpu, cuda or cuda:N, got 'meta'"),
     ("--batch-size 90", "--batch-size 90 and --held-out 16: there are 96 training images"),
-    ("--batch-size 1", "BatchNorm needs two images"),
-    ("--eval-images 1", "BatchNorm needs two images"),
-    ("--eval-images 17", "--eval-images 17 is more than --held-out 16"),
-    ("--accumulate 3", "--accumulate 3"),
-    ("--method slim --search RUN", "--search: searches as --method twostage does, not slim"),
-    ("--search /nowhere", "/nowhere/checkpoint.pt"),
-    ("--out /proc/no", "/proc/no"),
+    ("--batch-size 1", "BatchNorm needs two images"), ("--eval-images 1", "BatchNorm needs two images"),
+    ("--eval-images 17", "--eval-images 17 is more than --held-out 16"), ("--accumulate 3", "--accumulate 3"),
+    ("--search /nowhere", "/nowhere/checkpoint.pt"), ("--method slim --search RUN", "not slim"), ("--out /proc/x", "/proc"),
     ("--data cifar100 --data-dir /nowhere", "/nowhere is not a folder"),
-    ("--data cifar10 --data-dir .", "cifar-10-batches-py"),
+    ("--data cifar10 --data-dir .", "cifar-10-batches-py/batches.meta: missing"),
     ("--data kmnist --data-dir .", "KMNIST/raw/train-images-idx3-ubyte[.gz]: missing"),
     ("--data imagenet --data-dir /nowhere", "/nowhere/train is missing"),
 ])  # fmt: skip
@@ -1746,12 +1638,12 @@ def test_acquisitions_name_what_is_wrong():
     refuses("weights: expected a tensor on cpu", gp.chebyshev, ONE, FAR)
     refuses("rho", gp.chebyshev, ONE, ONE, rho=-1)
 
-    minimize = partial(gp.optimize_acquisition, lambda x: x.sum(-1))
-    refuses("lower, upper", minimize, 1.0, 0.0, 2)
-    refuses("lower, upper", minimize, 0.0, math.inf, 2)
-    refuses("starts: expected shape", minimize, 0.0, 1.0, 2, starts=ONE[None])
-    refuses("starts: every", minimize, 0.0, 1.0, 3, starts=ONE[None] * torch.nan)
-    refuses("steps", minimize, 0.0, 1.0, 2, steps=0)
+    total = lambda x: x.sum(-1)  # noqa: E731
+    refuses("lower, upper", gp.optimize_acquisition, total, 1.0, 0.0, 2)
+    refuses("lower, upper", gp.optimize_acquisition, total, 0.0, math.inf, 2)
+    refuses("starts: expected shape", gp.optimize_acquisition, total, 0.0, 1.0, 2, starts=ONE[None])
+    refuses("starts: every", gp.optimize_acquisition, total, 0.0, 1.0, 3, starts=ONE[None] * torch.nan)
+    refuses("steps", gp.optimize_acquisition, total, 0.0, 1.0, 2, steps=0)
     refuses("fn: expected", gp.optimize_acquisition, lambda x: x.sum(), 0.0, 1.0, 2)
 
 
@@ -1804,9 +1696,7 @@ def test_readmes_snippets_run(tmp_path, monkeypatch):
     assert len(snippets) >= 2
     plain, x = names["plain"], torch.randn(2, 3, 8, 8)
     assert plain(x).shape == (2, 20) and not {type(m) for m in plain.modules()} & {models.Slimmable, *models.LAYERS}
-    wanted = widths_of(names["row"]).tolist()
-    row = next(r for r in read_front("runs/synthetic-resnet8-joslim-0") if widths_of(r).tolist() == wanted)
-    assert macs_by_hooks(plain, x[:1]) == int(row["flops"])
+    assert macs_by_hooks(plain, x[:1]) == int(names["row"]["flops"])
     own = names["net"]
-    assert isinstance(own, models.Slimmable) and own(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    assert isinstance(own, models.Slimmable) and len(own(torch.randn(2, 3, 32, 32))) == 2
     assert [g.active for g in own.groups] != [g.max for g in own.groups]
