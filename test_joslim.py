@@ -903,6 +903,7 @@ def write_idx(path, t):
 
 def write_data(kind, root, patch=None):
     """Some 100 images in a data set's own file format; CIFAR's checksums become those of these files."""
+    torch.manual_seed(0)
     if kind in IDX:
         folder, parts, classes = IDX[kind]
         (root / folder).mkdir(parents=True)
@@ -1106,10 +1107,13 @@ def test_front_csv_is_the_plain_networks(tiny, tmp_path):
     state, rows = read_state(tmp_path), read_front(tmp_path)
     net = models.build(**state["network"])
     net.load_state_dict(state["model"])
-    data = train.Data(train.parse_args(flags), train.World("cpu"))
+    run = train.Run(train.parse_args([*flags, "--resume"]), train.World("cpu"), None, [])
+    data, run.args.front_size = run.data, 2
+    ends = torch.tensor([[1.0], [LOWER]], dtype=torch.float64).expand(2, 6)
+    assert torch.equal(train.find_front(run), ends.flip(0))
 
     # Chosen among the history and the two that every step trains: the full one, and what no other beats.
-    a = torch.cat([torch.tensor([[1.0], [LOWER]]).double().expand(2, 6), state["sampler"]["widths"]])
+    a = torch.cat([ends, state["sampler"]["widths"]])
     ((x, y),) = data.batches("held-out")
     loss = [-math.inf, *(F.cross_entropy(net.extract(w).train()(x), y).item() for w in a[1:])]
     pairs = sorted({*zip(net.flops(a).tolist(), loss)})

@@ -94,7 +94,3 @@ def test_a_full_disk(tiny, tmp_path):  # noqa: F811
         assert same_run(tmp_path / "whole", disk / "run")
     finally:
         subprocess.run(["umount", str(disk)])
-
-
-if __name__ == "__main__":
-    sys.exit(pytest.main(["-q", "-s", __file__]))
