@@ -18,6 +18,7 @@ This file needs torch alone.
 """
 
 import copy
+import functools
 from collections import OrderedDict
 
 import torch
@@ -61,6 +62,8 @@ class Conv2d(nn.Conv2d):
     """`nn.Conv2d`, padded by kernel_size // 2, from the group it reads to the one it writes (depthwise: the same one)."""
 
     def __init__(self, reads, writes, kernel_size, stride=1, depthwise=False, bias=False):
+        if depthwise and reads is not writes:
+            raise ValueError("depthwise: such a convolution writes the group that it reads")
         groups = writes.max if depthwise else 1
         super().__init__(reads.max, writes.max, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias)
         self.reads, self.writes, self.depthwise = reads, writes, depthwise
@@ -115,7 +118,40 @@ class Linear(nn.Linear):
         return nn.Linear(self.reads.active, self.out_features)
 
 
-LAYERS = Conv2d, BatchNorm2d, Linear
+def subsample(x: Tensor, stride: int, more: int) -> Tensor:
+    """Every stride-th pixel, and `more` channels of zeros after the last, or so many fewer channels."""
+    return F.pad(x[:, :, ::stride, ::stride], [0, 0, 0, 0, 0, more])
+
+
+class PlainShortcut(nn.Module):
+    """`subsample` as a module."""
+
+    def __init__(self, stride, more):
+        super().__init__()
+        self.stride, self.more = stride, more
+
+    def forward(self, x):
+        return subsample(x, self.stride, self.more)
+
+
+class Shortcut(nn.Module):
+    """ResNet's parameter-free shortcut between stages (He et al. 2016, option A): channel i goes to channel i.
+
+    As far as both groups have channels: layer-wise widths can leave the later stage the narrower one.
+    """
+
+    def __init__(self, reads, writes, stride):
+        super().__init__()
+        self.reads, self.writes, self.stride = reads, writes, stride
+
+    def forward(self, x):
+        return subsample(x, self.stride, self.writes.active - self.reads.active)
+
+    def plain(self):
+        return PlainShortcut(self.stride, self.writes.active - self.reads.active)
+
+
+LAYERS = Conv2d, BatchNorm2d, Linear, Shortcut
 
 # ------------------------------------------------------------------------------ the slimmable network
 
@@ -131,6 +167,7 @@ class Slimmable(nn.Sequential):
         groups: the width groups that are slimmed, in the order of `named_modules()`; a[i] sets `groups[i]`.
         names: for each group, the first layer that writes it.
         num_widths: d, the length of a configuration.
+    Raises ValueError, with the layer's name, for a network whose costs cannot be told from its layers: see `_require_wiring`.
     """
 
     def __init__(self, layers: "OrderedDict[str, nn.Module]", image: tuple[int, int, int]):
@@ -142,8 +179,10 @@ class Slimmable(nn.Sequential):
         self.groups, self.names = list(names), list(names.values())
         self.num_widths = len(self.groups)
         self._max = torch.tensor([g.max for g in self.groups], dtype=torch.float64)
-        self._flops, self._params = _weight_tables(self, image)
-        self._live = _activation_table(self, image)
+        trace = _Trace(self, image)
+        _require_wiring(self, image, trace)
+        self._flops, self._params = _weight_tables(self, trace)
+        self._live = _activation_table(self, trace)
 
     def set_widths(self, a: Tensor | float) -> None:
         """Run at configuration `a` (d,) in (0, 1]^d from now on; a float sets every group alike.
@@ -220,8 +259,9 @@ class Slimmable(nn.Sequential):
 def _plain(layer):
     plain, state = layer.plain(), layer.state_dict()
     cut = {k: state[k][tuple(map(slice, v.shape))] for k, v in plain.state_dict().items()}
-    plain.to(layer.weight.device, layer.weight.dtype).load_state_dict(cut)
-    plain.requires_grad_(layer.weight.requires_grad)
+    for p in layer.parameters():
+        plain.to(p.device, p.dtype).requires_grad_(p.requires_grad)
+    plain.load_state_dict(cut)
     return plain
 
 
@@ -232,18 +272,76 @@ def _with_one(c):
 # ------------------------------------------------------------------------------ cost tables
 
 
-def _meta_state(net):
-    return {k: v.to("meta") for k, v in (*net.named_parameters(), *net.named_buffers())}
+class _Trace(TorchDispatchMode):
+    """One image's way through the network at the widths now set, on the meta device, where no arithmetic is done.
 
+    calls: (name, layer, its output's pixels) of the slimmable layers, in order; a shared one comes twice.
+    lives: of each activation [group whose channels it carries, values, first operation, last operation, layer before].
 
-@torch.no_grad()
-def _forward_on_meta(net, state, x, hook):
-    """A forward pass in which no arithmetic is done; hook(layer, inputs, output) is told of every slimmable layer."""
-    training, hooks = net.training, [m.register_forward_hook(hook) for m in net.modules() if isinstance(m, LAYERS)]
-    torch.func.functional_call(net.eval(), state, x)
-    net.train(training)
-    for h in hooks:
-        h.remove()
+    A ResNet block, whose ReLUs and addition work in place. A column is an operation: its stars are in memory at once.
+
+                    conv1  bn1  relu  conv2  bn2  add  relu
+        x             *     *     *     *     *    *           the shortcut waits for the addition
+        conv1(x)      *     *
+        bn1(...)            *     *     *
+        conv2(...)                      *     *
+        bn2(...)                              *    *    *  ->  the next block's x
+
+    Raises ValueError, with a layer's name, where the network does not run.
+    """
+
+    def __init__(self, net, image):
+        super().__init__()
+        state = {k: v.to("meta") for k, v in (*net.named_parameters(), *net.named_buffers())}
+        self.weights = {self.storage(w) for w in state.values()}
+        self.calls, self.seen, self.lives, self.operations, self.name = [], [], {}, 0, "the image"
+        x, training, hooks = torch.empty(1, *image, device="meta"), net.training, []
+        self.meet(x, WidthGroup(image[0], fixed=True))
+        for name, layer in net.named_modules():
+            if isinstance(layer, LAYERS):
+                hooks.append(layer.register_forward_pre_hook(functools.partial(self.enter, name)))
+                hooks.append(layer.register_forward_hook(functools.partial(self.leave, name)))
+        try:
+            with torch.no_grad(), self:
+                torch.func.functional_call(net.eval(), state, x)
+        except (RuntimeError, TypeError) as e:
+            raise ValueError(f"after {self.name}: {e}") from e
+        finally:
+            net.train(training)
+            for hook in hooks:
+                hook.remove()
+        self.lives = list(self.lives.values())
+
+    def enter(self, name, layer, inputs):
+        shape, linear = inputs[0].shape, isinstance(layer, Linear)
+        if len(shape) != (2 if linear else 4) or shape[1] != layer.reads.active:
+            raise ValueError(f"{name}: reads a group of which {layer.reads.active} channels are in use, "
+                             f"got an input of shape {tuple(shape)}")  # fmt: skip
+        self.name = name
+
+    def leave(self, name, layer, inputs, out):
+        self.calls.append((name, layer, out[0, 0].numel()))
+        self.lives[self.storage(out)][0] = layer.writes
+
+    def storage(self, t):
+        return t.untyped_storage()._cdata
+
+    def meet(self, t, group):
+        life = self.lives.setdefault(self.storage(t), [group, t.numel(), self.operations, self.operations, self.name])
+        life[3] = self.operations
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        read, made = ([t for t in tree_flatten(part)[0] if isinstance(t, Tensor)] for part in ((args, kwargs), out))
+        if read and all(self.storage(t) in self.weights for t in read):
+            self.weights |= {self.storage(t) for t in made}  # a cut weight is one
+        # Statistics are vectors and pooling's indices integers: neither is an activation.
+        activations = [t for t in read + made if t.ndim > 1 and t.is_floating_point() and self.storage(t) not in self.weights]
+        for t in activations:  # an output has its input's channels (a pooling's, say), unless a layer knows better
+            self.meet(t, self.lives.get(self.storage(activations[0]), [None])[0])
+        self.seen += read + made  # kept alive, so that no storage's address comes twice
+        self.operations += 1
+        return out
 
 
 def _place(net, group):
@@ -253,7 +351,7 @@ def _place(net, group):
     return net.num_widths, group.max if group else 1
 
 
-def _weight_tables(net, image):
+def _weight_tables(net, trace):
     """FLOPs and parameters as matrices Q: with c the channel counts followed by a 1, each is c' Q c.
 
     Q[i, j] sums over the layers that read group i and write group j: a kernel's pixels, for FLOPs times
@@ -261,78 +359,67 @@ def _weight_tables(net, image):
     no slimmed group: vectors, depthwise kernels, the image.
     """
     flops, params = (torch.zeros(2 * [net.num_widths + 1], dtype=torch.float64) for _ in range(2))
-
-    def count(layer, _, out):
+    known = set()
+    for _, layer, pixels in trace.calls:
         for p in layer.parameters(recurse=False):
             matrix = p.ndim > 1  # a vector's size, like a depthwise kernel's, goes with one group only
             reads = layer.reads if matrix and not getattr(layer, "depthwise", False) else None
             (i, m), (j, n) = _place(net, reads), _place(net, layer.writes)
             size = m * n * (p[0, 0].numel() if matrix else 1)
-            params[i, j] += size
+            if layer not in known:
+                params[i, j] += size
             if matrix:
-                flops[i, j] += size * out[0, 0].numel()
-
-    _forward_on_meta(net, _meta_state(net), torch.empty(1, *image, device="meta"), count)
+                flops[i, j] += size * pixels
+        known.add(layer)
     return flops, params
 
 
-class _Lifetimes(TorchDispatchMode):
-    """From which operation to which each activation lives, its size, and the group whose channels it carries.
-
-    A ResNet block, whose ReLUs and addition work in place. A column is an operation, and a row of the table: its
-    stars are in memory at once.
-
-                    conv1  bn1  relu  conv2  bn2  add  relu
-        x             *     *     *     *     *    *           the shortcut waits for the addition
-        conv1(x)      *     *
-        bn1(...)            *     *     *
-        conv2(...)                      *     *
-        bn2(...)                              *    *    *  ->  the next block's x
-    """
-
-    def __init__(self, weights):
-        super().__init__()
-        self.weights = {self.storage(w) for w in weights}
-        self.lives, self.operation = {}, 0  # storage -> [group, numel, first operation, last operation]
-        self.seen = []
-
-    def storage(self, t):
-        return t.untyped_storage()._cdata
-
-    def meet(self, t, group):
-        life = self.lives.setdefault(self.storage(t), [group, t.numel(), self.operation, self.operation])
-        life[3] = self.operation
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        out = op(*args, **(kwargs or {}))
-        tensors = [t for t in tree_flatten((args, out))[0] if isinstance(t, Tensor)]
-        # Statistics are vectors and pooling's indices integers: neither is an activation.
-        activations = [t for t in tensors if t.ndim > 1 and t.is_floating_point() and self.storage(t) not in self.weights]
-        for t in activations:  # an output has its input's channels (a pooling's, say), unless a layer's hook knows better
-            self.meet(t, self.lives[self.storage(activations[0])][0])
-        self.seen += tensors  # kept alive, so that no storage's address comes twice
-        self.operation += 1
-        return out
-
-
-def _activation_table(net, image):
+def _activation_table(net, trace):
     """Rows, of which the largest product with (c, 1) is the number of activation values alive at one time."""
-    state, x = _meta_state(net), torch.empty(1, *image, device="meta")
-    lifetimes = _Lifetimes(state.values())
-    lifetimes.meet(x, WidthGroup(image[0], fixed=True))
-
-    def name(layer, _, out):
-        lifetimes.lives[lifetimes.storage(out)][0] = layer.writes
-
-    with lifetimes:
-        _forward_on_meta(net, state, x, name)
-    rows = torch.zeros(lifetimes.operation, net.num_widths + 1, dtype=torch.float64)
-    for group, numel, first, last in lifetimes.lives.values():
+    rows = torch.zeros(trace.operations, net.num_widths + 1, dtype=torch.float64)
+    for group, numel, first, last, _ in trace.lives:
         i, factor = _place(net, group)
-        rows[first : last + 1, i] += factor * numel // group.max
+        rows[first : last + 1, i] += factor * numel / (group.max if group else 1)
     rows = rows.unique(dim=0)
     below = (rows[:, None] <= rows[None]).all(-1).sum(1) > 1  # never the largest: another row is above it
     return rows[~below]
+
+
+def _require_wiring(net, image, full):
+    """Raises ValueError, naming the layer, unless the costs, found at full width, hold at other widths.
+
+    Two configurations are tried in which groups differ: what only fits at full width (two tensors concatenated and
+    read as one group, two groups added) fits at neither.
+    """
+    called = [layer for _, layer, _ in full.calls]
+    for name, m in net.named_modules():
+        if not isinstance(m, LAYERS):
+            for p, _ in m.named_parameters(recurse=False):
+                raise ValueError(f"{name}.{p}: a parameter of {type(m).__name__}, which neither widths nor costs know of; use "
+                                 f"{', '.join(layer.__name__ for layer in LAYERS[:3])} of this file")  # fmt: skip
+        elif called.count(m) != 1 and (m not in called or isinstance(m, BatchNorm2d)):
+            raise ValueError(f"{name}: called {called.count(m)} times; a BatchNorm2d's statistics belong to one place, "
+                             "and the costs of what is not called are unknown")  # fmt: skip
+    along = torch.linspace(0, 1, net.num_widths)
+    mixed = (0.99 - 0.618 * torch.arange(net.num_widths)) % 1  # the golden ratio: neighbours are far from each other
+    possible = [{None, life[0], *net.groups} for life in full.lives]
+    try:
+        for share in (along, mixed):
+            for group, s in zip(net.groups, share.tolist()):
+                group.active = 1 + round(s * (group.max - 1))
+            lives = _Trace(net, image).lives
+            if len(lives) != len(full.lives):
+                raise ValueError("another number of activations at other widths: the network must do the same at all")
+            for carries, (_, most, *_, name), (_, numel, *_) in zip(possible, full.lives, lives):
+                carries &= {g for g in carries if numel * (g.max if g else 1) == most * (g.active if g else 1)}
+                if not carries:
+                    raise ValueError(f"after {name}: a tensor whose size goes with the width of no group")
+    finally:
+        for group in net.groups:
+            group.active = group.max
+    for life, carries in zip(full.lives, possible):
+        if life[0] not in carries:  # a map that is the mean over channels, say
+            (life[0], *_) = carries
 
 
 # ------------------------------------------------------------------------------ the architectures
@@ -343,18 +430,18 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, reads, writes, planes, stride, projection):
+    def __init__(self, reads, writes, planes, stride, downsample):
         super().__init__()
         inner = WidthGroup(planes)
         self.conv1, self.bn1 = Conv2d(reads, inner, 3, stride), BatchNorm2d(inner)
         self.conv2, self.bn2 = Conv2d(inner, writes, 3), BatchNorm2d(writes)
-        self.relu, self.stride = nn.ReLU(inplace=True), stride
-        self.downsample = nn.Sequential(Conv2d(reads, writes, 1, stride), BatchNorm2d(writes)) if projection else None
+        self.relu, self.downsample = nn.ReLU(inplace=True), downsample
 
     def forward(self, x):
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        return self.relu(add_shortcut(out, x, self.downsample, self.stride))
+        out += x if self.downsample is None else self.downsample(x)
+        return self.relu(out)
 
 
 class Bottleneck(nn.Module):
@@ -362,36 +449,20 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, reads, writes, planes, stride, projection):
+    def __init__(self, reads, writes, planes, stride, downsample):
         super().__init__()
         one, two = WidthGroup(planes), WidthGroup(planes)
         self.conv1, self.bn1 = Conv2d(reads, one, 1), BatchNorm2d(one)
         self.conv2, self.bn2 = Conv2d(one, two, 3, stride), BatchNorm2d(two)
         self.conv3, self.bn3 = Conv2d(two, writes, 1), BatchNorm2d(writes)
-        self.relu, self.stride = nn.ReLU(inplace=True), stride
-        self.downsample = nn.Sequential(Conv2d(reads, writes, 1, stride), BatchNorm2d(writes)) if projection else None
+        self.relu, self.downsample = nn.ReLU(inplace=True), downsample
 
     def forward(self, x):
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
-        return self.relu(add_shortcut(out, x, self.downsample, self.stride))
-
-
-def add_shortcut(out, x, downsample, stride):
-    """Adds the block's input to `out` in place, projected, or parameter-free (He et al. 2016, option A).
-
-    Parameter-free between stages: every stride-th pixel, channel i to channel i, as far as both have
-    channels; layer-wise widths can leave the later stage the narrower one.
-    """
-    if downsample is not None:
-        out += downsample(x)
-    elif out.shape == x.shape:
-        out += x
-    else:
-        n = min(out.shape[1], x.shape[1])
-        out[:, :n] += x[:, :n, ::stride, ::stride]
-    return out
+        out += x if self.downsample is None else self.downsample(x)
+        return self.relu(out)
 
 
 def resnet(block, depths, num_classes, image, cifar=False):
@@ -406,10 +477,14 @@ def resnet(block, depths, num_classes, image, cifar=False):
         blocks = []
         for b in range(depth):
             stride = 2 if s > 0 and b == 0 else 1
-            # An input that is added as it is shares the output's group.
-            same = stride == 1 and reads.max == n * block.expansion
-            writes = reads if same else WidthGroup(n * block.expansion)
-            blocks.append(block(reads, writes, n, stride, projection=not same and not cifar))
+            writes, downsample = reads, None  # an input that is added as it is shares the output's group
+            if stride > 1 or reads.max != n * block.expansion:
+                writes = WidthGroup(n * block.expansion)
+                if cifar:
+                    downsample = Shortcut(reads, writes, stride)
+                else:
+                    downsample = nn.Sequential(Conv2d(reads, writes, 1, stride), BatchNorm2d(writes))
+            blocks.append(block(reads, writes, n, stride, downsample))
             reads = writes
         layers[f"layer{s + 1}"] = nn.Sequential(*blocks)
     layers.update(avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=Linear(reads, num_classes))
