@@ -21,13 +21,16 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def require_values(name: str, t: Tensor, *shape: int | None, device: torch.device | None = None) -> None:
-    """Raises ValueError unless t has this shape (None: any length but 0), this device and real, finite values."""
+def require_values(
+    name: str, t: Tensor, *shape: int | None, device: torch.device | None = None, low: float = -1e100, high: float = 1e100
+) -> None:
+    """Raises ValueError unless t has this shape (None: any length but 0), this device and real values in [low, high]."""
     fits = t.ndim == len(shape) and all(have == want if want is not None else have > 0 for have, want in zip(t.shape, shape))
     wanted = ", ".join(">= 1" if want is None else str(want) for want in shape)
     require(fits, f"{name}: expected shape ({wanted}), got {tuple(t.shape)}")
     require(device in (None, t.device), f"{name}: expected a tensor on {device}, got one on {t.device}")
     require(not t.is_complex() and t.isfinite().all(), f"{name}: every value must be real and finite")
+    require(((t >= low) & (t <= high)).all(), f"{name}: every value must lie in [{low:g}, {high:g}]")
 
 
 # ------------------------------------------------------------------------------ the surrogate
@@ -48,6 +51,9 @@ def matern52(s: Tensor) -> Tensor:
     return (1 + s + s.square() / 3) * torch.exp(-s)
 
 
+BOX = dict(low=-1e-6, high=1 + 1e-6)  # the unit box, and rounding: far from all points a model predicts the mean
+
+
 class GP:
     """Exact GP regression with constant mean, Matern-5/2 ARD kernel and Gaussian noise.
 
@@ -61,14 +67,15 @@ class GP:
         y: (n,) observations. They are standardised inside.
         hyper: (d + 1,) log length scales and log noise-to-signal variance to start from, say
             another GP's `.hyper` (warm start). None: the prior's mode.
-    Raises ValueError for wrong shapes, no points, two devices, or values that are not finite.
+    Raises ValueError for wrong shapes, no points, two devices, x outside the box, or values that are not finite or
+    beyond 1e100.
     """
 
     def __init__(self, x: Tensor, y: Tensor, hyper: Tensor | None = None):
-        require_values("x", x, None, None)
+        require_values("x", x, None, None, **BOX)
         require_values("y", y, len(x), device=x.device)
         n, d = x.shape
-        self.x, y = x.double(), y.double()
+        self.x, y = x.detach().double(), y.detach().double()
         self.offset, spread = y.mean(), y.std(correction=0)
         # A spread of rounding errors is no spread.
         self.scale = torch.where(spread > 1e-12 * y.abs().max(), spread, torch.ones_like(spread))
@@ -80,22 +87,25 @@ class GP:
         mode[-1] = self.prior_mean[-1]
         self.hyper = mode if hyper is None else hyper.to(self.x)
         require_values("hyper", self.hyper, d + 1)
+        self.hyper = self.bounded(self.hyper)
         self._factor = None
+
+    @staticmethod
+    def bounded(hyper):
+        return hyper.nan_to_num().clamp(-20, 20)  # a line search may try anything
 
     def _solve(self, hyper, x, z):
         """Everything that follows from one Cholesky factor of the correlation matrix of x."""
-        hyper = hyper.nan_to_num().clamp(-20, 20)  # a line search may try anything
+        hyper = self.bounded(hyper)
         u = x / hyper[:-1].exp()
         s = distance(u, u)
         k = matern52(s)
         k.diagonal().copy_(1 + hyper[-1].exp())
-        jitter = 1e-8  # enough for any history: the noise's floor, raised only if rounding wins
-        while True:
+        for jitter in 10.0 ** torch.arange(-8, 3):  # the first is enough for any history, unless rounding wins
             k.diagonal().add_(jitter)
             chol, failed = torch.linalg.cholesky_ex(k)
             if not failed:
                 break
-            jitter *= 10
         inverse = torch.cholesky_inverse(chol)
         weight = inverse.sum(1)
         mean = weight @ z / weight.sum()
@@ -154,7 +164,7 @@ class GP:
         with torch.no_grad():
             search.step(closure)
         if hyper.isfinite().all():  # else the history is beyond a fit, and the start serves
-            self.hyper = hyper
+            self.hyper = self.bounded(hyper)
         self._factor = None
         return self
 
@@ -162,9 +172,9 @@ class GP:
         """Mean and variance (without noise) of the function at x (..., d): two tensors (...,), in y's units.
 
         Differentiable in x. Rasmussen & Williams (2006), eq. 2.25 and 2.26. Raises ValueError for a
-        wrong shape or device, or values that are not finite.
+        wrong shape or device, or values outside the box.
         """
-        require_values("x", x, *x.shape[:-1], self.x.shape[1], device=self.x.device)
+        require_values("x", x, *x.shape[:-1], self.x.shape[1], device=self.x.device, **BOX)
         if self._factor is None:
             u, _, chol, _, mean, alpha, variance = self._solve(self.hyper, self.x, self.z)
             eye = torch.eye(len(u), dtype=u.dtype, device=u.device)
@@ -250,7 +260,7 @@ def optimize_acquisition(
     value = fn(x)
     require(value.shape == x.shape[:2], f"fn: expected values of shape {tuple(x.shape[:2])}, got {tuple(value.shape)}")
     pick = value.nan_to_num(torch.inf).topk(min(restarts, len(x)), dim=0, largest=False).indices
-    best, value = x.gather(0, pick[..., None].expand(-1, -1, dim)), value.gather(0, pick)
+    best, value = x.gather(0, pick[..., None].expand(-1, -1, dim)), value.nan_to_num(torch.inf).gather(0, pick)
 
     x = best.clone().requires_grad_()
     descent = torch.optim.Adam([x], betas=(0.7, 0.99))

@@ -26,7 +26,9 @@ This file needs torch and gp.py. BatchNorm must not track its statistics in trai
 change them: `models.BatchNorm2d`, or momentum 0.
 """
 
+import copy
 import math
+from contextlib import contextmanager
 from typing import Callable, Iterable
 
 import torch
@@ -90,7 +92,8 @@ class Joslim(UniformWidths):
     Args:
         dim: d, the number of widths.
         cost: maps a (..., d) to cost ratios (...,) to the full network's; takes `relaxed=True` for
-            a version differentiable in a. Must grow with every width.
+            a version differentiable in a. Must grow with every width. One without a gradient, a lookup table say,
+            serves as well: proposals then move along the acquisition's gradient alone.
         beta: weight of the GP's variance in the (optimistic) acquisition.
         ema: when a configuration is observed again, (1 - ema) * new + ema * (old + mean change of all)
             is kept: averages out the noise of small batches. 0 takes the new loss.
@@ -116,9 +119,26 @@ class Joslim(UniformWidths):
         require(beta >= 0, f"beta must not be negative, got {beta}")
         require(0 <= ema < 1, f"ema must lie in [0, 1), got {ema}")
         self.cost, self.num_prior, self.beta, self.targeted, self.ema = cost, num_prior, beta, targeted, ema
+        self.smooth = self.check_cost()
         self.widths = torch.empty(0, dim, dtype=torch.float64)
         self.losses = torch.empty(0, dtype=torch.float64)
         self.hyper = None  # the GP's last hyperparameters, from which the next fit starts
+
+    def check_cost(self):
+        """Whether the cost has a gradient. Raises ValueError unless it is a ratio that grows with the widths."""
+        ends = torch.tensor([[self.lower], [1.0]], dtype=torch.float64).expand(2, self.dim)
+        value = torch.as_tensor(self.cost(ends))
+        require(value.shape == (2,) and value.isfinite().all(), f"cost: expected two finite values for {tuple(ends.shape)} "
+                                                                f"widths, got {value.tolist()}")  # fmt: skip
+        ratio = 0 < value[0] <= value[1] and abs(value[1] - 1) < 1e-6
+        require(ratio, f"cost: expected to grow to 1 at full width, got {value[0]:g} at lower, {value[1]:g} there")
+        try:
+            return self.cost(ends.clone().requires_grad_(), relaxed=True).requires_grad
+        except (RuntimeError, AttributeError):  # numpy's, which takes no tensor with a gradient
+            return False
+
+    def cost_of(self, a, **relaxed):
+        return torch.as_tensor(self.cost(a if self.smooth else a.detach(), **relaxed)).to(a)
 
     @property
     def ready(self) -> bool:
@@ -168,9 +188,11 @@ class Joslim(UniformWidths):
     def propose(self, m: int) -> Tensor:
         """m configurations (m, d) from a GP on the history.
 
-        Raises ValueError if `widths` and `losses` do not fit together, a width is not finite or all losses are not.
+        Raises ValueError if `widths` and `losses` do not fit together, a width is outside the box or no loss is finite.
         """
         require_values("widths", self.widths, None, self.dim)
+        inside = ((self.widths >= self.lower - 1e-6) & (self.widths <= 1 + 1e-6)).all()
+        require(inside, f"widths: expected values in [{self.lower:g}, 1]")
         fits = self.losses.shape == self.widths.shape[:1] and self.losses.device == self.widths.device
         require(fits, f"losses: expected shape ({len(self.widths)},) on {self.widths.device}, "
                       f"got {tuple(self.losses.shape)} on {self.losses.device}")  # fmt: skip
@@ -179,7 +201,7 @@ class Joslim(UniformWidths):
         widths = self.widths[known].double()
         model = GP(self.unit(widths), self.losses[known], self.hyper).fit()
         self.hyper = model.hyper
-        near = widths[shortlist(self.losses[known], self.cost(widths), 50)]  # where good ones are: starts
+        near = widths[shortlist(self.losses[known], self.cost_of(widths), 50)]  # where good ones are: starts
 
         def acquisition(a):
             return ucb(*model.posterior(self.unit(a)), self.beta)
@@ -187,7 +209,7 @@ class Joslim(UniformWidths):
         if self.targeted:
             # One target from each m-th part of the cost range: uniform, and proposals of a round differ.
             part = torch.randperm(m, generator=self.generator)
-            smallest = self.cost(widths.new_full((self.dim,), self.lower))
+            smallest = self.cost_of(widths.new_full((self.dim,), self.lower))
             target = smallest + (1 - smallest) * ((part + self.rand(m)) / m).to(widths)
             best = self.minimize(lambda a: acquisition(self.project_to_cost(a, target)), m, near)
             return self.project_to_cost(best, target)
@@ -199,7 +221,7 @@ class Joslim(UniformWidths):
 
         def scalarized(a):
             loss = (acquisition(a) - low) / (high - low).clamp_min(1e-12)
-            return chebyshev(torch.stack([loss, self.cost(a, relaxed=True)], -1), weights)
+            return chebyshev(torch.stack([loss, self.cost_of(a, relaxed=True)], -1), weights)
 
         return self.minimize(scalarized, m, near)
 
@@ -217,14 +239,16 @@ class Joslim(UniformWidths):
 
         Eight bisections come near s. The Newton step from there, -(C - target) / (1' grad C), leaves an error of
         second order, and its own gradient is that very expression: it carries value and gradient. (Bisecting
-        until nothing is left to step takes longer: .github/experiments/simpler.py.)
+        until nothing is left to step takes longer: .github/experiments/simpler.py. It is for costs without gradient.)
         """
         with torch.no_grad():
             low, high = (torch.full_like(a[..., :1], s * (1 - self.lower)) for s in (-1, 1))
-            for _ in range(8):  # the cost grows with the shift
+            for _ in range(8 if self.smooth else 40):  # the cost grows with the shift
                 shift = (low + high) / 2
-                below = self.cost(self.box(a + shift), relaxed=True)[..., None] < target[..., None]
+                below = self.cost_of(self.box(a + shift), relaxed=True)[..., None] < target[..., None]
                 low, high = torch.where(below, shift, low), torch.where(below, high, shift)
+        if not self.smooth:
+            return self.box(a + shift)
         with torch.enable_grad():
             shift.requires_grad_()
             excess = self.cost(self.box(a + shift), relaxed=True) - target
@@ -236,7 +260,7 @@ class Joslim(UniformWidths):
         return a.clamp(self.lower, 1)
 
     def unit(self, a):
-        return (a - self.lower) / max(1 - self.lower, 1e-9)
+        return ((a - self.lower) / max(1 - self.lower, 1e-9)).clamp(0, 1)  # but for rounding, they lie there
 
     def state_dict(self) -> dict[str, Tensor]:
         hyper = {} if self.hyper is None else {"hyper": self.hyper}
@@ -277,10 +301,10 @@ def sandwich_step(
             network to have much to teach.
     Returns the losses (len(widths) + 2,), detached, on x's device: full, widths, smallest. Distilled ones are
     cross-entropies with the full network's softmax. Widths stay at the smallest.
-    Raises ValueError for x and y that do not fit together or lie elsewhere than the network. Their
+    Raises ValueError for x and y that do not fit together, or x of another device or dtype than the network. Their
     values are not looked at: on a GPU that would mean waiting for it.
     """
-    _require_batch(net, x, y)
+    _require_batch(net, x, y, amp)
     require(0 <= label_smoothing < 1, f"label_smoothing must lie in [0, 1), got {label_smoothing}")
     require(math.isfinite(scale), f"scale must be finite, got {scale}")
 
@@ -301,13 +325,30 @@ def sandwich_step(
     return torch.stack(losses)
 
 
-def _require_batch(net, x, y):
-    home = next(net.parameters(), x).device
-    require(x.device == home, f"x: expected on {home}, where the network is; got on {x.device}")
+def _require_images(net, x, amp=False):
+    like = next(net.parameters(), x)
+    require(x.device == like.device, f"x: expected on {like.device}, where the network is; got on {x.device}")
     usable = x.is_floating_point() and len(x) > 0
     require(usable, f"x: expected at least one image, of floating point; got {tuple(x.shape)}, {x.dtype}")
-    fits = y.shape == x.shape[:1] and y.dtype == torch.int64 and y.device == home
-    require(fits, f"y: expected class indices ({len(x)},), int64, on {home}; got {tuple(y.shape)}, {y.dtype}, on {y.device}")
+    require(amp or x.dtype == like.dtype, f"x: expected {like.dtype}, as the network's weights are; got {x.dtype}")
+
+
+def _require_batch(net, x, y, amp):
+    _require_images(net, x, amp)
+    fits = y.shape == x.shape[:1] and y.dtype == torch.int64 and y.device == x.device
+    require(fits, f"y: expected class indices ({len(x)},), int64, on {x.device}; got {tuple(y.shape)}, {y.dtype}, on {y.device}")
+
+
+@contextmanager
+def _in_training_mode(net):
+    """BatchNorm by the batch's statistics within the block; then every module is in its own mode again."""
+    modes = [(m, m.training) for m in net.modules()]
+    net.train()
+    try:
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
 
 
 @torch.no_grad()
@@ -317,41 +358,47 @@ def evaluate(net: nn.Module, widths: Iterable[Tensor], x: Tensor, y: Tensor, amp
     Weights and running statistics stay as they are (`models.BatchNorm2d` does not track in
     training); the widths stay at the last configuration. Raises ValueError as `sandwich_step`.
     """
-    _require_batch(net, x, y)
-    training = net.training
-    net.train()
+    _require_batch(net, x, y, amp)
     losses = []
-    for a in widths:
-        net.set_widths(a)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-            losses.append(F.cross_entropy(net(x), y))
-    net.train(training)
+    with _in_training_mode(net):
+        for a in widths:
+            net.set_widths(a)
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+                losses.append(F.cross_entropy(net(x), y))
     return torch.stack(losses) if losses else x.new_zeros(0)
 
 
 @torch.no_grad()
-def calibrate_bn(net: nn.Module, batches: Iterable[Tensor]) -> None:
+def calibrate_bn(net: nn.Module, batches: Iterable[Tensor | tuple[Tensor, ...]]) -> None:
     """Sets every BatchNorm's running statistics for the configuration now set.
 
-    Cumulative average over the batches' means and (unbiased) variances, each batch counting alike.
-    Raises ValueError if there is no batch.
+    Cumulative average over the batches' means and (unbiased) variances, each batch counting alike. A batch is
+    images x (b, c, h, w), or begins with them, as a loader's (x, y) does.
+    Raises ValueError if there is no batch, or x is of another device or dtype than the network. Whatever is
+    raised, the statistics are then as they were.
     """
     norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta, training = [m.momentum for m in norms], net.training
+    momenta, before = [m.momentum for m in norms], [copy.deepcopy(dict(m.named_buffers())) for m in norms]
     for m in norms:
         m.reset_running_stats()
-    net.train()
     count = 0
     try:
-        for count, x in enumerate(batches, 1):
-            for m in norms:
-                m.momentum = 1 / count
-            net(x)
+        with _in_training_mode(net):
+            for count, batch in enumerate(batches, 1):
+                x = batch if isinstance(batch, Tensor) else batch[0]
+                _require_images(net, x)
+                for m in norms:
+                    m.momentum = 1 / count
+                net(x)
+        require(count > 0, "batches: at least one is needed to calibrate BatchNorm")
+    except BaseException:
+        for m, buffers in zip(norms, before):
+            for name, b in m.named_buffers():
+                b.copy_(buffers[name])
+        raise
     finally:  # a momentum left behind would let training write the statistics
         for m, momentum in zip(norms, momenta):
             m.momentum = momentum
-        net.train(training)
-    require(count > 0, "batches: at least one is needed to calibrate BatchNorm")
 
 
 # ------------------------------------------------------------------------------ the front

@@ -33,6 +33,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+import torchvision.models.feature_extraction
 from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
@@ -168,25 +169,101 @@ def test_mbv2_activations_and_biases():
         torch.testing.assert_close(layer(x), before + 1)
 
 
-def test_another_network_made_slimmable():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            image, a, b = models.WidthGroup(1, fixed=True), models.WidthGroup(8), models.WidthGroup(12)
-            self.one, self.two = models.Conv2d(image, a, 3, bias=True), models.Conv2d(a, b, 3, 2)
-            self.norm, self.out = models.BatchNorm2d(b), models.Linear(b, 3)
+class Own(nn.Module):
+    """Two convolutions of groups of 8 and 12 channels; `forward` is passed in, `more` are further layers."""
 
-        def forward(self, x):
-            return self.out(F.relu(self.norm(self.two(F.relu(self.one(x))))).mean((2, 3)))
+    def __init__(self, forward=None, **more):
+        super().__init__()
+        self.image, self.a, self.b = models.WidthGroup(1, fixed=True), models.WidthGroup(8), models.WidthGroup(12)
+        self.one, self.two = models.Conv2d(self.image, self.a, 3, bias=True), models.Conv2d(self.a, self.b, 3, 2)
+        self.norm, self.out = models.BatchNorm2d(self.b), models.Linear(self.b, 3)
+        for name, make in more.items():
+            setattr(self, name, make(self))
+        self.run = forward or (lambda m, x: m.end(m.two(F.relu(m.one(x)))))
 
-    net, a = models.Slimmable(OrderedDict(net=Net()), image=(1, 12, 12)), torch.tensor([0.5, 0.75])
-    plain = net.extract(a)
-    net.set_widths(a)
-    x = torch.randn(3, 1, 12, 12)
-    torch.testing.assert_close(net(x), plain(x))
+    def end(self, x):
+        return self.out(F.relu(self.norm(x)).mean((2, 3)))
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def own(*args, **more):
+    return models.Slimmable(OrderedDict(net=Own(*args, **more)), image=(1, 12, 12))
+
+
+def conv(reads, writes, *how):
+    return lambda m: models.Conv2d(getattr(m, reads), getattr(m, writes), *how)
+
+
+@pytest.mark.parametrize("forward, more", [
+    (None, {}),
+    (lambda m, x: m.end(m.two(m.again(m.again(F.relu(m.one(x)))))), {"again": conv("a", "a", 3)}),  # one layer, two places
+    (lambda m, x: m.end(m.gate(m.two(m.one(x)).mean((2, 3), keepdim=True)).sigmoid() * m.two(m.one(x))),
+     {"gate": conv("b", "b", 1)}),  # squeeze and excitation; and the rest runs twice
+    (lambda m, x: m.end(m.two(m.one(x) + torch.zeros(1, 1, 12, 12, device=x.device))), {}),  # a tensor made on the way
+    (lambda m, x: m.end(F.group_norm(m.two(m.one(x)), 1)), {}),
+    (lambda m, x: m.end(m.two(m.one(x) * m.one(x).amax(1, keepdim=True).sigmoid())), {}),  # a map of no group's channels
+    (lambda m, x: m.end(m.two(m.one(x)).flatten(2).transpose(1, 2).relu().transpose(1, 2).unflatten(2, (6, 6))), {}),
+])  # fmt: skip
+def test_another_network_made_slimmable(forward, more):
+    net, x = own(forward, **more), torch.randn(3, 1, 12, 12)
     assert net.names == ["net.one", "net.two"]
-    assert net.flops(a).item() == macs_by_hooks(plain, x[:1]) == 9 * 4 * 144 + 9 * 4 * 9 * 36 + 9 * 3
-    assert net.params(a).item() == sum(p.numel() for p in plain.parameters())
+    for a in (torch.tensor([0.5, 0.75]), torch.tensor([1.0, 0.25])):
+        plain = net.extract(a)
+        net.set_widths(a)
+        torch.testing.assert_close(net(x), plain(x))
+        weights = 4 * sum(p.numel() for p in plain.parameters())
+        assert 4 * net.params(a).item() == weights
+        with torch.no_grad(), LiveTensors([*plain.parameters(), *plain.buffers()]) as live:
+            plain.eval()(x[:1].clone())  # a storage of its own
+        assert net.memory(a).item() == weights + live.peak()
+        assert net.flops(a).item() == macs_by_hooks(plain, x[:1])  # last: its hooks stay
+    if forward is None:
+        assert net.flops(torch.tensor([0.5, 0.75])).item() == 9 * 4 * 144 + 9 * 4 * 9 * 36 + 9 * 3
+
+
+@pytest.mark.parametrize("forward, more, what", [
+    (lambda m, x: m.end(m.two(m.wide(torch.cat([m.one(x), m.other(x)], 1)))),
+     {"other": lambda m: models.Conv2d(m.image, models.WidthGroup(8), 3),
+      "wide": lambda m: models.Conv2d(models.WidthGroup(16), m.a, 3)}, "net.wide: reads"),  # a concatenation as one group
+    (lambda m, x: m.end(torch.cat([m.two(m.one(x)), m.two(m.one(x))], 1)[:, :12]), {}, "net.norm: |after net.two"),
+    (lambda m, x: m.end(m.two(m.one(x) + m.other(x))),
+     {"other": lambda m: models.Conv2d(m.image, models.WidthGroup(8), 3)}, "after net.other|net.two: reads"),  # two groups added
+    (lambda m, x: m.end(m.two(m.one(x)) + m.other(x)[:, :, ::2, ::2]),
+     {"other": lambda m: models.Conv2d(m.image, models.WidthGroup(12), 3)}, "after net.other"),
+    (lambda m, x: m.out(m.two(m.one(x)).flatten(1)), {}, "net.out: reads"),  # pooling forgotten
+    (lambda m, x: m.out(m.two(m.one(x)).mean((2, 3))), {}, "net.norm: called 0 times"),
+    (lambda m, x: m.end(F.relu(m.norm(m.two(m.one(x))))), {}, "net.norm: called 2 times"),
+    (None, {"head": lambda m: nn.Linear(3, 3)}, "net.head.weight: a parameter of Linear"),
+    (None, {"slope": lambda m: nn.PReLU()}, "net.slope.weight: a parameter of PReLU"),
+    (None, {"grouped": lambda m: nn.Conv2d(8, 8, 3, groups=4)}, "net.grouped.weight: a parameter of Conv2d"),
+    (None, {"groups": lambda m: nn.GroupNorm(2, 8)}, "net.groups.weight: a parameter of GroupNorm"),
+    (None, {"scale": lambda m: nn.Parameter(torch.ones(1))}, "net.scale: a parameter of Own"),
+    (lambda m, x: m.end(F.group_norm(m.two(m.one(x)), 4)), {}, "after net.two"),  # of 12 channels, but not of 7
+    (lambda m, x: m.end(m.two(F.relu(m.one(x))).view(1, 12, 6, 6)), {}, "after net.two"),
+    (None, {"deep": conv("a", "b", 3, 1, True)}, "depthwise"),
+])  # fmt: skip
+def test_wrong_wiring_is_refused_by_name(forward, more, what):
+    refuses(what, own, forward, **more)
+
+
+@pytest.mark.parametrize("arch, size", [("resnet8", 16), ("resnet18", 32), ("resnet50", 32), ("mbv2", 32)])
+def test_extracted_networks_trace_script_and_export(arch, size):
+    net = models.build(arch, 5, size)
+    plain, x = net.extract(widths_for(net, 0, LOWER)).eval(), torch.randn(3, 3, size, size)
+    node = "features.5" if arch == "mbv2" else "layer2"
+    features = torchvision.models.feature_extraction.create_feature_extractor(plain, [node])
+    with torch.no_grad():
+        expected, batch = plain(x), torch.export.Dim("batch", min=1)
+        exported = torch.export.export(plain, (x,), dynamic_shapes=({0: batch},)).module()
+        for other in (torch.fx.symbolic_trace(plain), torch.jit.script(plain), torch.jit.trace(plain, x), exported):
+            torch.testing.assert_close(other(x), expected)
+        torch.testing.assert_close(exported(x[:1]), expected[:1])
+        block = plain.features[5] if arch == "mbv2" else plain.layer2
+        before = next(i for i, (name, _) in enumerate(plain.named_children()) if name == node.split(".")[0])
+        start = plain.features[:5](x) if arch == "mbv2" else plain[:before](x)
+        torch.testing.assert_close(features(x)[node], block(start))
 
 
 # ------------------------------------------------------------------------------ costs C(a), exact and relaxed
@@ -392,6 +469,18 @@ def test_gp_hard_data(scale):
     torch.testing.assert_close(gp.GP(x, scale * x.sum(1)).fit().posterior(x)[0] / scale, x.sum(1), rtol=0.02, atol=0)
 
 
+@pytest.mark.parametrize("x, y", [
+    (torch.rand(9, 3), 1e99 * torch.randn(9).double()), (torch.rand(9, 3), 1e-200 * torch.randn(9).double()),
+    (torch.rand(9, 3), 1 + 1e-15 * torch.randn(9).double()), (0.5 + 1e-12 * torch.randn(300, 3).double(), torch.randn(300)),
+    (torch.rand(40, 3).round(), torch.randn(40)), (torch.rand(9, 3).requires_grad_(), torch.randn(9).requires_grad_()),
+])  # fmt: skip
+def test_gp_beyond_hard(x, y):
+    """What is huge, tiny, nearly equal or carries a gradient ends, without nan, also from extreme hyperparameters."""
+    for hyper in (None, torch.full((4,), 1e3), torch.full((4,), -1e3)):
+        mean, variance = gp.GP(x, y, hyper).fit().posterior(torch.rand(5, 3))
+        assert mean.isfinite().all() and variance.isfinite().all() and not mean.requires_grad
+
+
 # ------------------------------------------------------------------------------ UCB, Chebyshev
 # Compared with values worked out by hand, and with a brute-force front.
 
@@ -475,6 +564,26 @@ def test_targets_are_met(arch):
     ends = torch.tensor([low, 1.0]).double()
     reached = sampler.project_to_cost(torch.rand(2, net.num_widths).double().clamp(LOWER), ends)
     torch.testing.assert_close(sampler.cost(reached), ends, atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("targeted", [True, False])
+@pytest.mark.parametrize("wrap", [
+    lambda cost: lambda a, relaxed=False: cost(a).detach(),  # rounded, without a gradient
+    lambda cost: lambda a, relaxed=False: cost(torch.from_numpy(a.numpy())).numpy(),  # numpy's
+    lambda cost: lambda a, relaxed=False: (cost(a) * 50).ceil() / 50,  # a lookup table of steps, whose gradient is 0
+])  # fmt: skip
+def test_costs_without_a_gradient(wrap, targeted):
+    """Proposals meet their targets as well as steps allow, and are better than random widths, whatever kind of cost it is."""
+    net = models.build("resnet8", 10, 16)
+    sampler, exact = history(net, 40, 0), flops_ratio(net)
+    fresh = joslim.Joslim(net.num_widths, wrap(exact), targeted=targeted)
+    fresh.widths, fresh.losses = sampler.widths, sampler.losses
+    new = fresh.sample(10)
+    loss = lambda a: (a**-1.5).mean(1)  # noqa: E731
+    random = fresh.project_to_cost(joslim.RandomWidths(net.num_widths).sample(10), torch.as_tensor(exact(new)))
+    assert loss(new).mean() < loss(random).mean() - 0.03 and len(new.unique(dim=0)) > 1
+    if targeted:
+        assert (exact(new).sort().values.diff() >= 0).all() and exact(new).max() - exact(new).min() > 0.5
 
 
 def test_projection_gradient():
@@ -831,10 +940,16 @@ def test_calibration_is_the_statistics_by_hand():
         n = m.writes.active
         torch.testing.assert_close([m.running_mean[:n], m.running_var[:n]], [mean, var], rtol=1e-4, atol=1e-5)
         assert m.momentum == 0
-    refuses("batches", joslim.calibrate_bn, net, [])
-    with pytest.raises(RuntimeError):  # images of the wrong kind, in the middle: training goes on as if nothing had been
-        joslim.calibrate_bn(net.eval(), [batches[0], torch.randn(5, 2, 16, 16)])
-    assert not net.training and all(m.momentum == 0 for m in net.modules() if isinstance(m, nn.BatchNorm2d))
+    before, frozen = copy.deepcopy(net.state_dict()), net.layer1.eval()
+    joslim.calibrate_bn(net, torch.utils.data.DataLoader([(x, 0) for x in torch.cat(batches)], 5))  # (x, y), as loaders give
+    torch.testing.assert_close(dict(net.state_dict()), dict(before), rtol=0, atol=0)
+    assert net.training and not any(m.training for m in frozen.modules())
+    bad = torch.randn(5, 2, 16, 16), torch.randn(5, 3, 16, 16).double(), None, torch.randn(0, 3, 16, 16)
+    for what in ([], *([batches[0], x] for x in bad)):  # in the middle: all is as if nothing had been
+        with pytest.raises((RuntimeError, ValueError, TypeError)):
+            joslim.calibrate_bn(net, what)
+        torch.testing.assert_close(dict(net.state_dict()), dict(before), rtol=0, atol=0)
+        assert all(m.momentum == 0 for m in net.modules() if isinstance(m, nn.BatchNorm2d))
 
 
 # ------------------------------------------------------------------------------ Pareto front
@@ -1564,6 +1679,9 @@ def test_samplers_name_what_is_wrong():
     refuses("num_prior", joslim.Joslim, 3, mean_width, num_prior=0)
     refuses("beta", joslim.Joslim, 3, mean_width, beta=-1)
     refuses("ema", joslim.Joslim, 3, mean_width, ema=1.0)
+    for cost in (lambda a, relaxed=False: 2 * mean_width(a), lambda a, relaxed=False: 2 - mean_width(a),
+                 lambda a, relaxed=False: mean_width(a) * math.nan, lambda a, relaxed=False: a):  # fmt: skip
+        refuses("cost: expected", joslim.Joslim, 3, cost)
 
     sampler = joslim.Joslim(2, mean_width, num_prior=1)
     sampler.sample(2)
@@ -1581,6 +1699,8 @@ def test_samplers_name_what_is_wrong():
 
     sampler.widths = torch.ones(3, 3)
     refuses("widths: expected", sampler.sample, 2)
+    sampler.widths = torch.full((3, 2), 0.2)
+    refuses("widths: expected values in", sampler.sample, 2)
     sampler.widths = torch.ones(4, 2)
     refuses("losses: expected", sampler.sample, 1)
 
@@ -1591,6 +1711,9 @@ def test_training_names_what_is_wrong():
     refuses("y: expected", joslim.sandwich_step, net, x, y.float(), [])
     refuses("x: expected", joslim.sandwich_step, net, x.byte(), y, [])
     refuses("x: expected", joslim.sandwich_step, net, x[:0], y[:0], [])
+    refuses("x: expected torch.float32", joslim.sandwich_step, net, x.double(), y, [])
+    refuses("x: expected torch.float32", joslim.evaluate, net, [], x.half(), y)
+    refuses("x: expected torch.float32", joslim.calibrate_bn, net, [x.double()])
     refuses("a: this network has 6 widths", joslim.sandwich_step, net, x, y, [torch.ones(3)])
     refuses("a: widths must lie", joslim.sandwich_step, net, x, y, [], lower=0.0)
     refuses("label_smoothing", joslim.sandwich_step, net, x, y, [], label_smoothing=1.5)
@@ -1616,6 +1739,8 @@ def test_gps_name_what_is_wrong():
     refuses("x: expected shape", gp.GP, x[0], y)
     refuses("x: expected shape", gp.GP, x[:0], y[:0])
     refuses("x: every", gp.GP, x / 0, y)
+    refuses("x: every value must lie", gp.GP, x + 1, y)
+    refuses("y: every value must lie", gp.GP, x, y + 1e200)
     refuses("y: expected shape", gp.GP, x, y[:4])
     refuses("y: every", gp.GP, x, y * torch.nan)
     refuses("y: every", gp.GP, x, y * 1j)
@@ -1627,6 +1752,7 @@ def test_gps_name_what_is_wrong():
     refuses("x: expected shape", model.posterior, torch.rand(3, 4))
     refuses("x: expected a tensor on cpu", model.posterior, torch.empty(4, 2, device="meta"))
     refuses("x: every", model.posterior, torch.full((4, 2), torch.nan))
+    refuses("x: every value must lie", model.posterior, torch.full((4, 2), -0.5))
     refuses("max_points", model.fit, 0)
     refuses("iterations", model.fit, iterations=0)
 
