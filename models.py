@@ -331,7 +331,10 @@ class _Trace(TorchDispatchMode):
         life[3] = self.operations
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        out = op(*args, **(kwargs or {}))
+        if op._schema.name.endswith("_") and not any(isinstance(t, Tensor) for t in args[1:]):
+            out = args[0]  # an activation function in place: on the meta device there is nothing to do, but slowly
+        else:
+            out = op(*args, **(kwargs or {}))
         read, made = ([t for t in tree_flatten(part)[0] if isinstance(t, Tensor)] for part in ((args, kwargs), out))
         if read and all(self.storage(t) in self.weights for t in read):
             self.weights |= {self.storage(t) for t in made}  # a cut weight is one

@@ -14,32 +14,42 @@ those need: arguments, processes, data, files, the run's state.
 
 import argparse
 import csv
-import fcntl
 import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import shlex
 import signal
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 import zipfile
-from contextlib import contextmanager
+from collections import Counter, deque
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
+from PIL import Image, ImageCms, ImageOps  # torchvision's own
+from torch.utils._pytree import tree_map_only
 from torchvision.transforms import v2 as transforms
 
 import models
 from joslim import Joslim, RandomWidths, UniformWidths
 from joslim import calibrate_bn, evaluate, pareto_front, sandwich_step, shortlist
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # ------------------------------------------------------------------------------ recipes
 
@@ -58,18 +68,22 @@ COMMON = dict(
     calibrate_images=2048, # for BatchNorm's statistics before a test
     candidates=60,         # configurations judged on the whole held-out split at the end
     front_size=20,         # configurations tested, at most
+    augment="none",        # of training images
+    flip=False,
 )  # fmt: skip
 # The paper visits 1000 configurations: 200 epochs of 351 steps, two every 140.
 CIFAR = COMMON | dict(
     epochs=200, batch_size=128, lr=0.1, weight_decay=5e-4, tau=140, held_out=5000, eval_images=80, image_size=32,
+    augment="shift", flip=True,
 )  # fmt: skip
 IMAGENET = COMMON | dict(
     epochs=250, batch_size=1024, lr=0.125, weight_decay=4e-5, tau=625, held_out=10000, label_smoothing=0.1, image_size=224,
+    augment="imagenet", flip=True,
 )  # fmt: skip
 # For two CPU cores. One sub-network a step: so short a training learns less with two.
 SYNTHETIC = COMMON | dict(
     epochs=2, batch_size=64, lr=0.25, weight_decay=5e-4, tau=16, held_out=512, image_size=32, subnets=1, num_prior=8,
-    warmup_epochs=0.5, eval_images=64, calibrate_images=512, candidates=10, front_size=12,
+    warmup_epochs=0.5, eval_images=64, calibrate_images=512, candidates=10, front_size=12, augment="shift",
 )  # fmt: skip
 SMALL = COMMON | dict(
     epochs=4, batch_size=32, lr=0.5, weight_decay=5e-4, tau=150, held_out=2500, image_size=28, subnets=1,
@@ -228,26 +242,34 @@ def test_front(run: "Run", front: torch.Tensor) -> list[tuple]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """A whole run -> its exit code. What the user can mend is one line on stderr."""
+    """A whole run -> its exit code. What the user can mend is one line on stderr, from one process."""
     argv = sys.argv[1:] if argv is None else argv
+    world = run = None
+    others = multiprocessing.active_children()
     try:
         args = parse_args(argv)
         world = World(args.device)
-        with run_folder(args, world) as log_file:
+        with handling_signals(world.ask), run_folder(args, world) as log_file:
             run = Run(args, world, log_file, argv)
-            train(run)
+            with world.finishing_steps():
+                train(run)
             with run.searching():
                 front = find_front(run)
             rows = test_front(run, front)
             run.require_agreement()
             run.report(rows)
-    except UserError as e:
-        if str(e):
-            print(f"train.py: {e}", file=sys.stderr, flush=True)
-        return e.code
+        return 0
+    except (Exception, KeyboardInterrupt) as e:
+        first = world.first_to_fail() if world else not os.environ.get("LOCAL_RANK", "0").strip("0").isdigit()
+        line, code = one_line(e, run)
+        if first and not line:
+            raise
+        if first:
+            tell("train.py: " + line.replace("\n", "\\n"), sys.stderr)
+        return code
     finally:
         World.leave()
-    return 0
+        end_workers(others)
 
 
 class UserError(Exception):
@@ -256,18 +278,83 @@ class UserError(Exception):
     code = 2
 
 
-class Diverged(UserError):
-    """Training blew up; nothing of it was saved."""
+class Failed(UserError):
+    """A run that was well asked for cannot go on: training blew up, or another process has gone."""
 
     code = 1
 
 
-class Stopped(UserError):
-    """SIGTERM or Ctrl-C, after the checkpoint."""
+class Stopped(KeyboardInterrupt):
+    """A signal, its number the argument, asked for it."""
 
-    def __init__(self, message, number):
-        super().__init__(message)
-        self.code = 128 + number
+
+def one_line(e, run):
+    """What to say of an exception, or None where it is a bug; the exit code."""
+    if isinstance(e, KeyboardInterrupt):
+        line = "stopped before the first step"
+        if run:
+            start = "torchrun ..." if run.world.size > 1 else "python"
+            command = shlex.join([os.path.relpath(__file__), *(a for a in run.argv if a != "--resume"), "--resume"])
+            line = f"stopped at step {run.step}, all saved; continue with: {start} {command}"
+        return line, 128 + (e.args[0] if isinstance(e, Stopped) else signal.SIGINT)
+    if isinstance(e, RuntimeError) and "DataLoader worker" in str(e):  # torch raises it wherever training is at the time
+        return (f"{first_line(e)}; fewer --workers need less memory, 0 none; in a container, allow more shared memory "
+                "(docker run --shm-size)"), 2  # fmt: skip
+    return (str(e), e.code) if isinstance(e, UserError) else (None, 1)
+
+
+def tell(text, stream=None):
+    """Prints a line, what the stream cannot encode escaped. A terminal or pipe that is gone ends no run."""
+    stream = stream or sys.stdout
+    if stream is None:
+        return
+    try:
+        encoding = stream.encoding or "utf-8"
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+    except OSError:
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+# ------------------------------------------------------------------------------ signals
+
+# A closing terminal's, Ctrl-C, and what clusters send before they take a machine away.
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+           if hasattr(signal, name)]  # fmt: skip
+
+
+@contextmanager
+def handling_signals(handler):
+    """Within the block, signals call `handler`, but for those that are ignored, as nohup has it."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # Python lets no other set handlers
+        before = {n: signal.signal(n, handler) for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former or signal.SIG_DFL)
+
+
+@contextmanager
+def deaf_children():
+    """Processes started within the block do not get our signals: one to the whole group is the training process's
+    to act on, which saves and then ends them (`end_workers`)."""
+    mask = hasattr(signal, "pthread_sigmask") and signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        if mask is not False:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def end_workers(others):
+    """Kills loading processes that are still there: deaf ones outlive the polite request that Python makes at exit."""
+    workers = [child for child in multiprocessing.active_children() if child not in others]
+    if workers and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises where a worker is killed
+    for worker in workers:
+        worker.kill()
 
 
 # ------------------------------------------------------------------------------ arguments
@@ -280,6 +367,9 @@ FREE = {"out", "resume", "search", "device", "data_dir", "workers", "save_minute
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # argparse prints the usage as well, dozens of lines
         raise UserError(message.removeprefix("argument "))
+
+    def _print_message(self, message, file=None):
+        tell(message, file)
 
 
 def typed(kind, fits, wanted):
@@ -303,6 +393,7 @@ def whole(low):
 amount = typed(float, lambda v: 0 <= v < math.inf, "a number, at least 0")
 portion = typed(float, lambda v: 0 <= v < 1, "a number in [0, 1)")
 multiplier = typed(float, lambda v: 0 < v <= 1, "a number in (0, 1]")
+folder = typed(lambda text: Path(text).expanduser(), lambda v: True, "a folder")  # a shell leaves the ~ of --out=~/x
 device = typed(torch.device, lambda v: v.type in ("cpu", "cuda"), "cpu, cuda or cuda:N")
 
 
@@ -322,14 +413,18 @@ def parse_args(argv=None):
     g = p.add_argument_group("what to train")
     g.add_argument("--data", default="synthetic", choices=dict.fromkeys(data for data, _ in RECIPES),
                    help="data set; imagenet is any folder of images (default: %(default)s)")
-    g.add_argument("--data-dir", type=Path, metavar="DIR", help="where its files lie (imagenet: holds train/ and val/)")
+    g.add_argument("--data-dir", type=folder, metavar="DIR", help="where its files lie (imagenet: holds train/ and val/)")
     g.add_argument("--download", action="store_true", help="let torchvision fetch a missing data set")
     g.add_argument("--image-size", type=whole(2), metavar="PIXELS", help="resize images to this")
+    g.add_argument("--augment", choices=["none", "shift", "imagenet"],
+                   help="training images: as they are, shifted by up to an eighth, or (folders) random crops, jittered colours")
+    g.add_argument("--flip", action=argparse.BooleanOptionalAction,
+                   help="mirror half of them: not for letters, signs, left and right hands")
     g.add_argument("--arch", choices=models.ARCHS, help="network (default: the first recipe's of the data set)")
     g.add_argument("--method", choices=["joslim", "slim", "twostage"],
                    help="widths from Bayesian optimisation, uniform, or random and searched afterwards (default: joslim)")
     g.add_argument("--cost", default="flops", choices=COSTS, help="what a budget limits (default: %(default)s)")
-    g.add_argument("--search", type=Path, metavar="RUN",
+    g.add_argument("--search", type=folder, metavar="RUN",
                    help="do not train: search that run's finished weights, as twostage does its own")
     g.add_argument("--seed", type=whole(0), default=0,
                    help="of weights, split, data order, widths (default: %(default)s)")
@@ -350,24 +445,24 @@ def parse_args(argv=None):
     g.add_argument("--lower", type=multiplier, metavar="W0", help="smallest width")
     g.add_argument("--subnets", type=whole(1), metavar="M", help="sub-networks a step, and configurations a round")
     g.add_argument("--tau", type=whole(1), help="steps between rounds")
-    g.add_argument("--fresh-widths", action="store_true",
+    g.add_argument("--fresh-widths", action=argparse.BooleanOptionalAction, default=False,
                    help="propose M configurations for each step of a round, of which M in all join the history "
                         "(default: M for the round, as in the paper)")
     g.add_argument("--num-prior", type=whole(1), metavar="N0", help="uniform proposals before the GP's")
     g.add_argument("--beta", type=amount, help="the variance's weight in the acquisition")
-    g.add_argument("--random-lambda", action="store_true", help="draw lambda, not a target cost, for each proposal")
+    g.add_argument("--random-lambda", action=argparse.BooleanOptionalAction, default=False, help="draw lambda, not a target cost, for each proposal")
     g.add_argument("--held-out", type=whole(1), metavar="IMAGES", help="training images kept for judging configurations")
     g.add_argument("--eval-images", type=whole(1), metavar="IMAGES", help="of these, how many a round judges the history on")
-    g.add_argument("--calibrate-images", type=whole(1), metavar="IMAGES", help="training images for BatchNorm's statistics")
+    g.add_argument("--calibrate-images", type=whole(2), metavar="IMAGES", help="training images for BatchNorm's statistics")
     g.add_argument("--front-size", type=whole(1), metavar="K", help="configurations tested at the end, at most")
 
     g = p.add_argument_group("the run")
-    g.add_argument("--out", type=Path, metavar="RUN", help="its folder (default: runs/<data>-<arch>-<method>-<seed>)")
+    g.add_argument("--out", type=folder, metavar="RUN", help="its folder (default: runs/<data>-<arch>-<method>-<seed>)")
     g.add_argument("--resume", action="store_true", help="continue the run in --out; start it if there is none")
     g.add_argument("--device", type=device, help="cpu, cuda or cuda:N (default: cuda where there is one)")
     g.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: on CUDA only)")
     g.add_argument("--workers", type=whole(0), metavar="N",
-                   help="loading processes per training process, image folders only (default: the machine's cores, shared)")
+                   help="loading processes per training process, image folders only (default: the cores this one may use, shared)")
     g.add_argument("--save-minutes", type=amount, default=10.0, metavar="T",
                    help="checkpoint at least this often, besides each epoch's end (default: %(default)s)")
     g.add_argument("--log-seconds", type=amount, default=10.0, metavar="T",
@@ -386,8 +481,11 @@ def parse_args(argv=None):
         p.error(f"--data-dir: --data {args.data} needs it, the folder that holds its files")
     if args.eval_images > args.held_out:
         p.error(f"--eval-images {args.eval_images} is more than --held-out {args.held_out}")
+    if args.augment == "imagenet" and args.data != "imagenet":
+        p.error(f"--augment imagenet: for folders of images; --data {args.data} takes none or shift")
     if args.workers is None:
-        args.workers = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        args.workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     args.out = args.out or Path("runs", f"{args.data}-{args.arch}-{args.method}-{args.seed}")
     args.resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun --max-restarts
     return args
@@ -396,13 +494,17 @@ def parse_args(argv=None):
 # ------------------------------------------------------------------------------ processes
 
 
+PATIENCE = timedelta(minutes=30)  # with processes that do not answer
+
+
 class World:
     """This process among all that torchrun started; alone without it."""
 
     def __init__(self, device: torch.device | str | None = None):
-        self.rank, self.local_rank, self.size = (
-            int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-        )
+        self.rank, self.local_rank, self.size = 0, 0, 1
+        self.asked, self.stopping, self.finishing, self.requests = 0, False, False, deque()  # see `ask`
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            self.meet()
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if self.device.type == "cuda":
             index = self.local_rank if self.size > 1 else self.device.index or 0
@@ -411,13 +513,43 @@ class World:
             self.device = torch.device("cuda", index)
             torch.cuda.set_device(self.device)
         if self.size > 1:
-            backend, patience = "nccl" if self.device.type == "cuda" else "gloo", timedelta(minutes=30)
-            store, *_ = next(dist.rendezvous("env://", timeout=patience))
-            if int(os.environ.get("LOCAL_WORLD_SIZE", 0)) == self.size:
-                # torchrun's store outlives its workers: a restart must not find the dead ones' addresses in it
-                # (pytorch issue 135712). Nodes count restarts differently, so this serves a single one.
-                store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-            dist.init_process_group(backend, timeout=patience, rank=self.rank, world_size=self.size, store=store)
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=PATIENCE, rank=self.rank, world_size=self.size, store=self.store)
+
+    def meet(self):
+        """Finds the other processes, by the addresses that torchrun puts into the environment."""
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        slow = threading.Timer(10, tell, [f"waiting for process 0 at {where}, for {PATIENCE.seconds // 60} minutes at most"])
+        try:
+            self.local_rank, rank, size = (int(os.environ.get(name, 0)) for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"))
+            if not 0 <= rank < size:
+                raise ValueError(f"there is no process {rank} of {size}")
+            if self.local_rank == 0:
+                slow.start()
+            with handling_signals(signal.SIG_DFL):  # torch waits where Python's handlers do not run
+                store, self.rank, self.size = next(dist.rendezvous("env://", timeout=PATIENCE))
+            restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            self.faults = dist.PrefixStore(f"faults {restart}", dist.TCPStore(
+                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=PATIENCE))  # fmt: skip
+        except (ValueError, RuntimeError) as e:
+            raise UserError(f"WORLD_SIZE {os.environ['WORLD_SIZE']}, process 0 at {where}: the processes do not meet "
+                            f"({first_line(e)}); start them with torchrun")  # fmt: skip
+        finally:
+            slow.cancel()
+        if int(os.environ.get("LOCAL_WORLD_SIZE", 0)) == self.size:
+            # torchrun's store outlives its workers: a restart must not find the dead ones' addresses in it
+            # (pytorch issue 135712). Nodes count restarts differently, so this serves a single one.
+            store = dist.PrefixStore(restart, store)
+        self.store = store
+
+    def first_to_fail(self):
+        """Whether no other process failed before. The first speaks; the others, who lose it, leave without a word."""
+        if self.size == 1:
+            return True
+        mine = f"process {self.rank}"
+        with suppress(RuntimeError):  # where process 0 has gone, and the store with it
+            return self.faults.compare_set("first", "", mine).decode() == mine
+        return False
 
     @staticmethod
     def leave():
@@ -428,20 +560,48 @@ class World:
             time.sleep(0.1)
             dist.destroy_process_group()
 
+    def ask(self, number, frame):
+        """The handler of signals. One to any process ends all after the same step, or at once before and after training."""
+        self.asked = number
+        if not self.finishing:
+            raise Stopped(number)
+
+    @contextmanager
+    def finishing_steps(self):
+        self.finishing = True
+        yield
+        self.finishing = False
+        if self.asked:
+            raise Stopped(self.asked)
+
+    def together(self, fn, *args, **how):
+        """A collective operation; that another process has gone is one line."""
+        try:
+            return fn(*args, **how)
+        except RuntimeError as e:
+            raise Failed(f"process {self.rank}: another process has gone ({first_line(e)}); the last checkpoint stands") from e
+
     def mean(self, t):
         """The tensor's mean over processes, in place: one all-reduce."""
         if self.size > 1:
-            dist.all_reduce(t)
+            self.together(dist.all_reduce, t)
             t /= self.size
         return t
 
     def average_gradients(self, net):
-        """Every gradient's mean over processes, by one all-reduce of them all."""
-        if self.size > 1:
-            grads = [p.grad for p in net.parameters()]
-            joined = self.mean(torch.cat([g.flatten() for g in grads]))
-            for g, part in zip(grads, joined.split([g.numel() for g in grads])):
-                g.copy_(part.view_as(g))
+        """Every gradient's mean over processes, by one all-reduce of them all, and whether any is asked to stop."""
+        if self.size == 1:
+            self.stopping = self.asked > 0
+            return
+        grads = [p.grad for p in net.parameters()]
+        asked = grads[0].new_full((1,), self.asked)
+        joined = self.mean(torch.cat([*(g.flatten() for g in grads), asked]))
+        *parts, asked = joined.split([*(g.numel() for g in grads), 1])
+        for g, part in zip(grads, parts):
+            g.copy_(part.view_as(g))
+        self.requests.append(asked)
+        if len(self.requests) > (8 if self.device.type == "cuda" else 0):  # an old one is read without waiting for the GPU
+            self.stopping = self.requests.popleft().item() > 0
 
     def from_first(self, value):
         """Process 0's value, of tensors and plain values, on every process."""
@@ -451,7 +611,7 @@ class World:
         if self.rank == 0:
             torch.save(value, raw)
         box = [raw.getvalue()]
-        dist.broadcast_object_list(box, device=self.device)
+        self.together(dist.broadcast_object_list, box, device=self.device)
         return torch.load(io.BytesIO(box[0]), weights_only=True)
 
     def propose(self, sampler, m, keep=None):
@@ -475,7 +635,7 @@ class World:
 
     def wait(self):
         if self.size > 1:
-            dist.barrier()
+            self.together(dist.barrier)
 
 
 # ------------------------------------------------------------------------------ data
@@ -485,13 +645,16 @@ class Data:
     """The training, held-out and test images, in the batches that a run asks for.
 
     Order and augmentation depend on seed, epoch and image alone: not on where a run was stopped, the
-    number of processes or of workers.
+    number of processes or of workers. `about` is what inference needs (names of the classes; mean and deviation, for
+    values in [0, 1], by which images are normalised), and a digest by which a run knows its data again.
     """
 
     def __init__(self, args, world):
         self.args, self.world = args, world
-        read = read_folder if args.data == "imagenet" else read_arrays
-        self.training_set, self.held_out_set, self.test_set, self.classes, self.channels = read(args, world)
+        read = read_folders if args.data == "imagenet" else read_arrays
+        (self.training_set, self.held_out_set, self.test_set), names, self.channels, digest = read(args, world)
+        mean, std = (v.flatten().tolist() for v in (self.training_set.mean / 255, self.training_set.std / 255))
+        self.about = {"classes": names, "mean": mean, "std": std, "digest": digest}
         self.steps = len(self.training_set) // args.batch_size
 
     def train(self, epoch, start):
@@ -532,12 +695,30 @@ def split(n, args):
 class ArrayImages:
     """A small data set: one uint8 tensor (n, c, h, w) on the device, augmented in whole batches there.
 
-    Crops of the images padded by `pad`, and flips where `flip`. mean, std: (c, 1, 1).
+    x[index], resized to `size`; in training, crops of it padded by an eighth where `shift`, and flips where `flip`.
+    mean, std: (c, 1, 1), of values up to 255; of these very images where they are None.
     """
 
-    def __init__(self, x, y, mean, std, seed, device, pad=0, flip=False):
-        self.x, self.y, self.mean, self.std = (t.to(device) for t in (F.pad(x, [pad] * 4), y, mean, std))
-        self.size, self.seed, self.pad, self.flip = x.shape[-1], seed, pad, flip
+    def __init__(self, x, y, index, size, seed, device, like=None, shift=False, flip=False):
+        self.y, self.size, self.seed, self.flip = y[index].to(device), size, seed, flip
+        self.pad = size // 8 if shift else 0
+        inside = slice(self.pad, self.pad + size)
+        self.x = torch.zeros(len(index), x.shape[1], *[size + 2 * self.pad] * 2, dtype=torch.uint8, device=device)
+        counts = torch.zeros(x.shape[1], 256, dtype=torch.int64)  # of each value: exact, and no copy in floats
+        for i, to in zip(index.split(1024), self.x.split(1024)):  # in pieces: memory is that of the result
+            part = x[i]
+            if part.shape[-2:] != (size, size):
+                part = transforms.functional.resize(part, [size, size], antialias=True)
+            to[:, :, inside, inside] = part
+            if like is None:
+                counts += torch.stack([channel.flatten().bincount(minlength=256) for channel in part.unbind(1)])
+        if like is None:
+            value, n = torch.arange(256.0, dtype=torch.float64), counts.sum(1)
+            mean = (counts * value).sum(1) / n
+            std = ((counts * (value - mean[:, None]) ** 2).sum(1) / (n - 1)).sqrt().clamp_min(1)
+            self.mean, self.std = (v.float().view(-1, 1, 1).to(device) for v in (mean, std))
+        else:
+            self.mean, self.std = like.mean, like.std
 
     def __len__(self):
         return len(self.y)
@@ -569,45 +750,48 @@ def augmentation(seed, epoch, n, pad):
     return torch.randint(2 * pad + 1, (2, n), generator=g), torch.rand(n, generator=g) < 0.5
 
 
-def read_arrays(args, world):
-    """-> training, held-out and test images, number of classes, channels."""
-    (x, y), (test_x, test_y), classes = load_arrays(args, world)
-    for images, labels in ((x, y), (test_x, test_y)):
-        if len(images) != len(labels) or len(labels) == 0 or labels.min() < 0 or labels.max() >= classes:
-            raise UserError(f"--data-dir: {len(images)} images have {len(labels)} labels; expected as many, each "
-                            f"from 0 to {classes - 1}. Are these the files of {args.data}?")  # fmt: skip
-    if args.image_size != x.shape[-1]:
-        x, test_x = (transforms.functional.resize(t, [args.image_size] * 2, antialias=True) for t in (x, test_x))
+def array_sets(args, world, x, y, test_x, test_y):
+    """Training, held-out and test images of two uint8 tensors."""
     held_out, rest = split(len(x), args)
-    mean = x[rest].float().mean((0, 2, 3)).view(-1, 1, 1)
-    std = x[rest].float().std((0, 2, 3)).clamp_min(1).view(-1, 1, 1)
-    # Characters and clothes all lie and face alike: no crops, no flips.
-    augment = dict(pad=0 if args.data in IDX else 4, flip=args.data in CIFARS)
-    parts = (x[rest], y[rest], augment), (x[held_out], y[held_out], {}), (test_x, test_y, {})
-    images = (ArrayImages(x, y, mean, std, args.seed, world.device, **how) for x, y, how in parts)
-    return *images, classes, x.shape[1]
+    how = dict(size=args.image_size, seed=args.seed, device=world.device)
+    train = ArrayImages(x, y, rest, **how, shift=args.augment == "shift", flip=args.flip)
+    return train, *(ArrayImages(*part, **how, like=train) for part in ((x, y, held_out), (test_x, test_y, torch.arange(len(test_x)))))
 
 
-CIFARS = {"cifar10": (torchvision.datasets.CIFAR10, 10), "cifar100": (torchvision.datasets.CIFAR100, 100)}
-# torchvision's class, what else it takes, the names of its training and test files, the number of classes.
+def read_arrays(args, world):
+    """-> (training, held-out and test images), names of the classes, channels, digest."""
+    *parts, names = load_arrays(args, world)
+    digest = hashlib.sha256()
+    for images, labels in parts:
+        if len(images) != len(labels) or len(labels) == 0 or labels.min() < 0 or labels.max() >= len(names):
+            raise UserError(f"--data-dir: {len(images)} images have {len(labels)} labels; expected as many, each "
+                            f"from 0 to {len(names) - 1}. Are these the files of {args.data}?")  # fmt: skip
+        digest.update(images.contiguous().numpy())
+        digest.update(labels.contiguous().numpy())
+    return array_sets(args, world, *parts[0], *parts[1]), names, parts[0][0].shape[1], digest.hexdigest()
+
+
+CIFARS = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
+# torchvision's class, what else it takes, the names of its training and test files, and of the classes.
 IDX = {
-    "fashion-mnist": (torchvision.datasets.FashionMNIST, {}, ("train", "t10k"), 10),
-    "kmnist": (torchvision.datasets.KMNIST, {}, ("train", "t10k"), 10),
-    "emnist": (torchvision.datasets.EMNIST, {"split": "balanced"}, ("emnist-balanced-train", "emnist-balanced-test"), 47),
-}
+    "fashion-mnist": (torchvision.datasets.FashionMNIST, {}, ("train", "t10k"), torchvision.datasets.FashionMNIST.classes),
+    "kmnist": (torchvision.datasets.KMNIST, {}, ("train", "t10k"), torchvision.datasets.KMNIST.classes),
+    "emnist": (torchvision.datasets.EMNIST, {"split": "balanced"}, ("emnist-balanced-train", "emnist-balanced-test"),
+               torchvision.datasets.EMNIST.classes_split_dict["balanced"]),
+}  # fmt: skip
 
 
 def load_arrays(args, world):
-    """-> (train x, train y), (test x, test y), number of classes; x uint8 (n, c, h, w). torchvision reads the files."""
+    """-> (train x, train y), (test x, test y), names of the classes; x uint8 (n, c, h, w). torchvision reads the files."""
     if args.data == "synthetic":
-        return synthetic(8192 + args.held_out, 0), synthetic(4096, 1), 20
+        return synthetic(8192 + args.held_out, 0), synthetic(4096, 1), [str(c) for c in range(20)]
     if not args.data_dir.is_dir():
         raise UserError(f"--data-dir: {args.data_dir} is not a folder")
     return (load_cifar if args.data in CIFARS else load_idx)(args, world)
 
 
 def load_cifar(args, world):
-    reader, classes = CIFARS[args.data]
+    reader = CIFARS[args.data]
     if args.download:
         prepare(world, f"--download: {args.data} could not be fetched", reader, args.data_dir, download=True)
     names = (reader.meta["filename"], reader.meta["md5"]), *reader.train_list, *reader.test_list
@@ -616,11 +800,11 @@ def load_cifar(args, world):
         if not torchvision.datasets.utils.check_integrity(path, md5):
             raise UserError(f"{path}: missing or damaged; put CIFAR's python version there, or try --download")
     sets = [reader(args.data_dir, train=train) for train in (True, False)]
-    return *((torch.as_tensor(s.data).permute(0, 3, 1, 2), torch.as_tensor(s.targets)) for s in sets), classes
+    return *((torch.as_tensor(s.data).permute(0, 3, 1, 2), torch.as_tensor(s.targets)) for s in sets), sets[0].classes
 
 
 def load_idx(args, world):
-    reader, more, parts, classes = IDX[args.data]
+    reader, more, parts, names = IDX[args.data]
     folder, idx = args.data_dir / reader.__name__ / "raw", torchvision.datasets.mnist
     files = [(folder / f"{part}-{kind}-ubyte", how) for part in parts
              for kind, how in (("images-idx3", idx.read_image_file), ("labels-idx1", idx.read_label_file))]  # fmt: skip
@@ -637,7 +821,7 @@ def load_idx(args, world):
         except Exception as e:  # a damaged file makes its readers raise nearly anything
             raise UserError(f"{path}: not a readable IDX file ({type(e).__name__}: {first_line(e)})") from None
     x, y, test_x, test_y = tensors
-    return (x[:, None], y), (test_x[:, None], test_y), classes
+    return (x[:, None], y), (test_x[:, None], test_y), list(names)
 
 
 def unpack(path):
@@ -655,8 +839,7 @@ def prepare(world, failed, fn, *args, **how):
             fn(*args, **how)
     except Exception as e:
         raise UserError(f"{failed} ({type(e).__name__}: {first_line(e)})") from None
-    finally:
-        world.wait()
+    world.wait()
 
 
 def first_line(e):
@@ -690,70 +873,178 @@ def synthetic(n, seed, classes=20, parts=14, size=32, patch=11):
     return (32 * x + 128).clamp(0, 255).byte(), y
 
 
-class FolderImages(torch.utils.data.Dataset):
-    """Images of one folder of class folders, through torchvision's transforms and DataLoader workers."""
+# What Pillow reads and calls an image; it knows .pdf and .mpg as well.
+SUFFIXES = tuple(suffix for suffix, form in Image.registered_extensions().items()
+                 if form in Image.OPEN and Image.MIME.get(form, "").startswith("image/"))  # fmt: skip
+IN_MEMORY = 2**31  # bytes of images, at --image-size, up to which a folder is decoded once
 
-    def __init__(self, samples, indices, args, device):
-        self.samples, self.indices, self.args, self.device = samples, indices.tolist(), args, device
-        finish = [transforms.ToImage(), transforms.ToDtype(torch.float32, scale=True),
-                  transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]  # fmt: skip
-        self.augmented = transforms.Compose([
-            transforms.RandomResizedCrop(args.image_size, scale=(0.25, 1)), transforms.ColorJitter(0.4, 0.4, 0.4),
-            transforms.RandomHorizontalFlip(), *finish])  # fmt: skip
-        self.centred = transforms.Compose([
-            transforms.Resize(math.ceil(args.image_size * 256 / 224)),
-            transforms.CenterCrop(args.image_size), *finish])  # fmt: skip
+
+def decode(path):
+    """The image as a person sees it, in RGB of 8 bits, whatever its file holds.
+
+    Upright (EXIF), the first where there are several, on white where it is transparent; 16 bits are scaled to 8,
+    CMYK, palettes and LAB are converted. Raises ValueError for what has no known range (32-bit integers, floats), and
+    whatever Pillow does for what it cannot read.
+    """
+    with Image.open(path) as file:
+        image, form = ImageOps.exif_transpose(file), file.format
+    if image.mode.startswith("I;16") or image.mode == "I" and form in ("PNG", "PPM"):
+        pixels = torch.frombuffer(bytearray(image.convert("I").tobytes()), dtype=torch.int32)
+        image = Image.frombytes("L", image.size, ((pixels + 128) // 257).byte().numpy().tobytes())
+    if image.mode in ("I", "F"):
+        raise ValueError("pixels of 32 bits have no known range; save it with 8 or 16")
+    if image.mode == "LAB":
+        return ImageCms.profileToProfile(image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB")
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+class FolderImages(torch.utils.data.Dataset):
+    """Images of class folders, decoded and augmented by DataLoader workers with torchvision's transforms."""
+
+    mean, std = (255 * torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))  # ImageNet's
+
+    def __init__(self, samples, index, args, device):
+        self.samples, self.index, self.seed, self.workers, self.device = samples, index.tolist(), args.seed, args.workers, device
+        size = args.image_size
+        short = math.ceil(size * 256 / 224) if args.augment == "imagenet" else size
+        centre = [transforms.Lambda(squarish), transforms.Resize(short), transforms.CenterCrop(size)]
+        augment = {
+            "none": centre,
+            "shift": [*centre, transforms.RandomCrop(size, padding=size // 8)],
+            "imagenet": [transforms.RandomResizedCrop(size, scale=(0.25, 1)), transforms.ColorJitter(0.4, 0.4, 0.4)],
+        }[args.augment]
+        flip = [transforms.RandomHorizontalFlip()] if args.flip else []
+        self.centred = transforms.Compose([*centre, transforms.PILToTensor()])
+        self.augmented = transforms.Compose([*augment, *flip, transforms.PILToTensor()])
 
     def __len__(self):
-        return len(self.indices)
+        return len(self.index)
 
     def __getitem__(self, key):
-        epoch, i = key[0], self.indices[key[1]]
+        epoch, i = key[0], self.index[key[1]]
         path, label = self.samples[i]
         try:
-            image = torchvision.datasets.folder.pil_loader(path)
-        except OSError as e:
-            raise UserError(f"{path}: not a readable image ({e})") from None
-        if epoch is None:
-            return self.centred(image), label
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
-            torch.manual_seed(seeded(4, self.args.seed, epoch, i).initial_seed())
-            return self.augmented(image), label
+            if epoch is None:
+                return self.centred(decode(path)), label
+            with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
+                torch.manual_seed(seeded(4, self.seed, epoch, i).initial_seed())
+                return self.augmented(decode(path)), label
+        except Exception as e:  # a damaged file makes its readers raise nearly anything
+            return unreadable(path, e)  # not raised: a worker's exception would come with its traceback around it
+
+    def raw(self, batches, epoch=None):
+        """The listed batches of indices as (x, y), x uint8, in order."""
+        keys = [[(epoch, i) for i in batch.tolist()] for batch in batches]
+        fork = "fork" if self.workers and "fork" in multiprocessing.get_all_start_methods() else None
+        loader = torch.utils.data.DataLoader(self, batch_sampler=keys, num_workers=self.workers, collate_fn=collate,
+                                             pin_memory=self.device.type == "cuda", multiprocessing_context=fork)  # fmt: skip
+        with deaf_children():
+            loaded = iter(loader)
+        for batch in loaded:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
 
     def load(self, batches, epoch=None):
         """As `ArrayImages.load`."""
-        keys = [[(epoch, i) for i in batch.tolist()] for batch in batches]
-        pin = self.device.type == "cuda"
-        loader = torch.utils.data.DataLoader(self, batch_sampler=keys, num_workers=self.args.workers, pin_memory=pin)
-        try:
-            for x, y in loader:
-                yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
-        except UserError as e:  # a worker's comes with its traceback around it
-            raise UserError(str(e).splitlines()[-1].split("UserError: ")[-1]) from None
+        mean, std = self.mean.to(self.device), self.std.to(self.device)
+        for x, y in self.raw(batches, epoch):
+            x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+            yield (x.float() - mean) / std, y
 
 
-def read_folder(args, world):
-    """-> training, held-out and test images, number of classes, channels."""
-    folders = []
-    for path in (args.data_dir / "train", args.data_dir / "val"):
-        if not path.is_dir():
-            raise UserError(f"--data-dir: {path} is missing; expected {args.data_dir} to hold train/ and val/")
-        try:
-            folders.append(torchvision.datasets.ImageFolder(path))
-        except FileNotFoundError as e:
-            raise UserError(f"--data-dir: {first_line(e)}") from None
-    train, val = folders
-    if train.classes != val.classes:
-        odd = sorted(set(train.classes) ^ set(val.classes))
+def squarish(image):
+    """The middle of a very long image: whole, it would be huge once its short side is as long as asked for."""
+    longest = 4 * min(image.size)
+    if max(image.size) <= longest:
+        return image
+    return transforms.functional.center_crop(image, [min(side, longest) for side in image.size[::-1]])
+
+
+def unreadable(path, e):
+    return UserError(f"{path}: not a readable image ({type(e).__name__}: {first_line(e)})")
+
+
+def collate(items):
+    errors = [item for item in items if isinstance(item, UserError)]
+    return errors[0] if errors else torch.utils.data.default_collate(items)
+
+
+def read_folders(args, world):
+    """As `read_arrays`, of train/ and val/ with a folder for each class."""
+    (train, classes), (val, others) = (read_folder(args.data_dir / part, world) for part in ("train", "val"))
+    if classes != others:
+        odd = sorted(set(classes) ^ set(others))
         raise UserError(f"--data-dir: train/ and val/ differ in classes: {', '.join(odd[:3])}")
+    paths = [path for path, _ in train + val]
+
+    def check(i):
+        try:
+            if i % world.size == world.rank:
+                with Image.open(paths[i]):  # its header alone
+                    pass
+            return f"{os.path.relpath(paths[i], args.data_dir)} {os.path.getsize(paths[i])}"
+        except Exception as e:
+            return unreadable(paths[i], e)
+
+    with ThreadPool(8) as threads:
+        checked = threads.map(check, range(len(paths)), 256)
+    for error in (c for c in checked if isinstance(c, UserError)):
+        raise error
+    digest = hashlib.sha256("\n".join(checked).encode(errors="surrogateescape")).hexdigest()
+    if args.augment != "imagenet" and 3 * args.image_size**2 * len(paths) <= IN_MEMORY:
+        return array_sets(args, world, *in_memory(train, args, world), *in_memory(val, args, world)), classes, 3, digest
     held_out, rest = split(len(train), args)
     parts = (train, rest), (train, held_out), (val, torch.arange(len(val)))
-    return *(FolderImages(f.samples, i, args, world.device) for f, i in parts), len(train.classes), 3
+    return tuple(FolderImages(samples, index, args, world.device) for samples, index in parts), classes, 3, digest
+
+
+def read_folder(root, world):
+    """-> [(path, class)], names of the classes. What is hidden, and what by its name is no image, is left out."""
+    if not root.is_dir():
+        raise UserError(f"--data-dir: {root} is missing; expected {root.parent} to hold train/ and val/")
+    left_out = Counter()
+
+    def taken(path):
+        hidden, suffix = f"{os.sep}." in path[len(str(root)) :], os.path.splitext(path)[1].lower()
+        if hidden or suffix not in SUFFIXES:
+            left_out["hidden" if hidden else suffix or "without suffix"] += 1
+        return not hidden and suffix in SUFFIXES
+
+    names = sorted(os.listdir(root))
+    classes = [name for name in names if (root / name).is_dir() and not name.startswith(".")]
+    left_out.update("hidden" if name.startswith(".") else "outside of class folders" for name in names if name not in classes)
+    index, known = {name: i for i, name in enumerate(classes)}, torchvision.datasets.folder
+    samples = known.make_dataset(str(root), index, is_valid_file=taken, allow_empty=True) if classes else []
+    rest = "; left out: " + ", ".join(f"{n} {what}" for what, n in left_out.most_common()) if left_out else ""
+    empty = sorted(set(index.values()) - {label for _, label in samples})
+    if empty or not classes:
+        which = f"{root / classes[empty[0]]}" if empty else f"{root}: no class folders and"
+        raise UserError(f"{which}: no images in it{rest}")
+    if world.rank == 0:
+        tell(f"{root}: {len(classes)} classes, {len(samples)} images{rest}")
+    return samples, classes
+
+
+def in_memory(samples, args, world):
+    """All images, decoded once: x uint8 (n, 3, size, size), labels (n,)."""
+    x = torch.empty(len(samples), 3, args.image_size, args.image_size, dtype=torch.uint8)
+    y, shown, where = torch.tensor([label for _, label in samples]), time.perf_counter(), torch.arange(len(samples)).split(256)
+    images = FolderImages(samples, torch.arange(len(samples)), args, torch.device("cpu"))
+    for i, (part, _) in zip(where, images.raw(where)):
+        x[i] = part
+        if world.rank == 0 and time.perf_counter() - shown > args.log_seconds:
+            tell(f"decoded {int(i[-1]) + 1} of {len(samples)} images")
+            shown = time.perf_counter()
+    return x, y
 
 
 # ------------------------------------------------------------------------------ files
 
-FORMAT = 6  # of checkpoints
+FORMAT = 7  # of checkpoints
 PREVIOUS = "checkpoint.previous.pt"
 
 
@@ -784,15 +1075,22 @@ def run_folder(args, world):
     if world.rank:
         yield None
         return
+    locked = fcntl is not None
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         holds = any((args.out / name).exists() for name in ("checkpoint.pt", PREVIOUS, "front.csv"))
         if holds and not args.resume:
             raise UserError(f"--out: {args.out} already holds a run; continue it with --resume or name another")
         log_file = open(args.out / "log.jsonl", "ab+", buffering=0)
-        fcntl.flock(log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"--out: {args.out} is in use by another process") from None
+        try:
+            if locked:
+                fcntl.flock(log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--out: {args.out} is in use by another process") from None
+        except OSError:
+            locked = False
+        if not locked:
+            tell(f"{args.out}: no locks on this file system; see that no other run uses it")
     except OSError as e:
         raise UserError(f"--out: {args.out} cannot be written ({e.strerror})") from None
     with log_file:
@@ -812,6 +1110,11 @@ def append(log_file, line):
         raise UserError(f"{log_file.name}: could not be written ({e.strerror}); the last checkpoint stands") from None
 
 
+def as_flag(name, value):
+    flag = name.replace("_", "-")
+    return f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}"
+
+
 def settings(args):
     """The settings that decide a run's numbers, as plain values."""
     return {k: v for k, v in sorted(vars(args).items()) if k not in FREE}
@@ -827,7 +1130,7 @@ def read_checkpoint(path):
         if state["format"] != FORMAT:
             raise UserError(f"{path}: written by another version of this code (format {state['format']}, here {FORMAT}); "
                             "finish it with that one, or use another --out")  # fmt: skip
-        parts = {"settings", "network", "model", "optimizer", "sampler", "step", "steps", "proposals", "seconds"}
+        parts = {"settings", "network", "data", "model", "optimizer", "sampler", "step", "steps", "proposals", "seconds"}
         missing = parts - state.keys()
         if missing:
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
@@ -852,10 +1155,11 @@ def load_checkpoint(args):
         mine, theirs = settings(args), state["settings"]
         for name in sorted(mine.keys() | theirs.keys()):
             if mine.get(name) != theirs.get(name):
-                raise UserError(f"{path}: that run has --{name.replace('_', '-')} {theirs.get(name)}, this one "
-                                f"{mine.get(name)}; use another --out")  # fmt: skip
+                wanted = as_flag(name, theirs.get(name))
+                raise UserError(f"{path}: that run has {wanted}, this one {as_flag(name, mine.get(name))}; "
+                                f"add {wanted}, or use another --out")  # fmt: skip
         if damage:
-            print(f"{damage[0]}; continuing from {path.name}", flush=True)
+            tell(f"{damage[0]}; continuing from {path.name}")
             os.replace(path, args.out / "checkpoint.pt")  # so that the next save keeps it, not the damaged one
         return state
     if damage:
@@ -902,12 +1206,15 @@ class Run:
         self.data = Data(args, world)
 
         torch.manual_seed(args.seed)
-        self.network = dict(arch=args.arch, num_classes=self.data.classes, image_size=args.image_size,
+        self.network = dict(arch=args.arch, num_classes=len(self.data.about["classes"]), image_size=args.image_size,
                             in_channels=self.data.channels)  # fmt: skip
         for folder, other in ((args.out, state), (args.search, finished)):
             if other and other["network"] != self.network:
                 raise UserError(f"{folder / 'checkpoint.pt'}: its network has {other['network']}, these data need "
                                 f"{self.network}")  # fmt: skip
+            if other and other["data"]["digest"] != self.data.about["digest"]:  # other images would be held out
+                raise UserError(f"{folder / 'checkpoint.pt'}: that run had other images than {args.data_dir} has now; give it "
+                                "those, or start anew")  # fmt: skip
         self.net = models.build(**self.network)
         self.net.to(world.device, memory_format=torch.channels_last).train()  # the faster layout on GPU and CPU alike
         self.optimizer = make_optimizer(self.net, args)
@@ -917,7 +1224,7 @@ class Run:
         self.proposals = torch.empty(0, self.net.num_widths, dtype=torch.float64)
         self.step, self.steps = 0, self.data.steps * args.epochs
         self.rounds = math.ceil(self.steps / args.tau)
-        self.seconds, self.signal = {"total": 0.0, "search": 0.0, "loading": 0.0}, 0
+        self.seconds = {"total": 0.0, "search": 0.0, "loading": 0.0}
         if state:
             self.load_state(state)
         elif finished:
@@ -933,8 +1240,6 @@ class Run:
         self.say(f"{args.arch}: {self.net.num_widths} widths, {self.net.flops(1.0).item() / 1e6:.1f} MFLOPs, "
                  f"{self.net.params(1.0).item() / 1e6:.3f} M parameters; {self.steps} steps on {world.size} x "
                  f"{world.device.type}")  # fmt: skip
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.asked_to_stop)
         if finished and not state:
             self.save()
 
@@ -955,13 +1260,13 @@ class Run:
         self.clock()
         if self.world.rank == 0:
             state = {
-                "format": FORMAT, "settings": settings(self.args), "network": self.network,
+                "format": FORMAT, "settings": settings(self.args), "network": self.network, "data": self.data.about,
                 "step": self.step, "steps": self.steps, "seconds": self.seconds,
                 "model": self.net.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "sampler": self.sampler.state_dict(), "proposals": self.proposals,
             }  # fmt: skip
             raw = io.BytesIO()  # torch.save reports a full disk in many ways, a plain write in one
-            torch.save(state, raw)
+            torch.save(tree_map_only(torch.Tensor, torch.Tensor.cpu, state), raw)  # a machine without a GPU reads it, too
             with atomic_write(self.args.out / "checkpoint.pt", keep=self.args.out / PREVIOUS) as f:
                 f.write(raw.getbuffer())
         self.saved = time.perf_counter()
@@ -1009,7 +1314,7 @@ class Run:
 
     def say(self, text):
         if self.world.rank == 0:
-            print(text, flush=True)
+            tell(text)
 
     # -------------------------------------------------------------- after a step
 
@@ -1020,10 +1325,12 @@ class Run:
         if now - self.shown > self.args.log_seconds or self.step == self.steps:
             self.progress(epoch, now)
         late = now - self.saved > 60 * self.args.save_minutes
-        if late or self.signal or self.step % self.data.steps == 0:
+        if late or self.world.stopping or self.step % self.data.steps == 0:
             self.require_finite()
             self.save()
-            self.stop_if_asked()
+        if self.world.stopping:
+            self.world.wait()  # for process 0, which saves
+            raise Stopped(self.world.asked or signal.SIGTERM)
 
     def progress(self, epoch, now):
         losses, total, lr = self.require_finite(), self.clock(), self.optimizer.param_groups[0]["lr"]
@@ -1045,7 +1352,9 @@ class Run:
 
         def diverged(step, what):
             lr = learning_rate(step - 1, self.data.steps, self.args)
-            return Diverged(f"step {step}: {what} at learning rate {lr:.3g}; the last checkpoint stands. Try a smaller --lr")
+            few = self.args.batch_size // (self.world.size * self.args.accumulate)
+            advice = "a smaller --lr" if few > 8 else f"a larger --batch-size: BatchNorm averages over {few} images"
+            return Failed(f"step {step}: {what} at learning rate {lr:.3g}; the last checkpoint stands. Try {advice}")
 
         losses = torch.stack([loss for _, _, loss in self.recent]).cpu()
         for (step, widths, _), row in zip(self.recent, losses):
@@ -1066,23 +1375,8 @@ class Run:
                      "the GP goes without them")  # fmt: skip
             self.log("not finite", widths=self.sampler.widths[bad].tolist())
         if bad.all():
-            raise Diverged(f"step {self.step}: no configuration's held-out loss is finite; the last checkpoint "
+            raise Failed(f"step {self.step}: no configuration's held-out loss is finite; the last checkpoint "
                            "stands. Try a smaller --lr")  # fmt: skip
-
-    def stop_if_asked(self):
-        if self.signal:
-            start = "torchrun ..." if self.world.size > 1 else "python"
-            command = shlex.join([sys.argv[0], *(a for a in self.argv if a != "--resume"), "--resume"])
-            line = f"stopped at step {self.step}, all saved; continue with: {start} {command}"
-            raise Stopped("" if self.world.rank else line, self.signal)  # one line, whatever the number of processes
-
-    def asked_to_stop(self, number, frame):
-        """SIGTERM or Ctrl-C: process 0 saves after the step under way; the others wait for it in vain and go."""
-        self.signal = number
-        if self.world.rank:
-            signal.alarm(8)
-        elif self.step == self.steps:  # all training is saved, and what follows is done again
-            self.stop_if_asked()
 
     # -------------------------------------------------------------- the end
 
@@ -1092,7 +1386,7 @@ class Run:
             tensors = [*self.net.parameters(), *self.sampler.state_dict().values()]
             digest = hashlib.sha256(b"".join(t.detach().cpu().numpy().tobytes() for t in tensors)).hexdigest()
             digests = [None] * self.world.size
-            dist.all_gather_object(digests, digest)
+            self.world.together(dist.all_gather_object, digests, digest)
             if len(set(digests)) > 1:
                 raise RuntimeError(f"process {self.world.rank} has other weights or another history than the rest")
             self.say(f"{self.world.size} processes agree: weights and history have sha256 {digest[:16]}...")
@@ -1109,15 +1403,15 @@ class Run:
             for *values, a in rows:
                 table.writerow([*values, " ".join(f"{w:.6g}" for w in a)])
         full = [getattr(self.net, c)(1.0).item() for c in COSTS]
-        print("\n   MFLOPs        %   params M        %  memory MB        %    loss   top-1   top-5")
+        tell("\n   MFLOPs        %   params M        %  memory MB        %    loss   top-1   top-5")
         for flops, params, memory, loss, top1, top5, _ in rows:
             cells = zip((flops, params, memory), full, (9, 11, 11))
-            print("".join(f"{v / 1e6:{width}.3f} {v / whole:8.1%}" for v, whole, width in cells)
-                  + f" {loss:7.4f} {top1:7.2f} {top5:7.2f}")  # fmt: skip
+            tell("".join(f"{v / 1e6:{width}.3f} {v / whole:8.1%}" for v, whole, width in cells)
+                 + f" {loss:7.4f} {top1:7.2f} {top5:7.2f}")  # fmt: skip
         picture = draw_front(args, rows, full[COSTS.index(args.cost)])
         total = timedelta(seconds=round(self.seconds["total"]))
-        print(f"{total} in all, {share:.1%} of it for the width search; see {args.out}/ for checkpoint.pt, log.jsonl, "
-              f"front.csv{' and front.png' if picture else ''}")  # fmt: skip
+        tell(f"{total} in all, {share:.1%} of it for the width search; see {args.out}/ for checkpoint.pt, log.jsonl, "
+             f"front.csv{' and front.png' if picture else ''}")  # fmt: skip
 
 
 def draw_front(args, rows, full):
