@@ -842,7 +842,7 @@ def test_a_joint_step_needs_the_memory_of_the_full_networks(arch, size):
 
 def test_a_step_asks_for_no_value(tiny, tmp_path, monkeypatch):
     """Tensors without values raise if one is asked for; on a GPU, that would be to wait for it."""
-    run = train.Run(train.parse_args([*tiny, "--out", str(tmp_path)]), train.World("cpu"), None, [])
+    run = train.Run(train.parse_args([*tiny, "--out", str(tmp_path)]), train.World().meet("cpu"), None, [])
     run.args.epochs, run.args.accumulate, run.world.size = 1, 2, 2  # the all-reduce is part of a step
     run.world.device = torch.device("cuda")  # so it believes
     widths, set_widths, steps = list(run.sampler.sample(2)), run.net.set_widths, []
@@ -898,7 +898,7 @@ def test_optimizer_is_sgd_whose_decay_skips_norms_and_biases(arch):
 
 def two_processes(rank, port, out):
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    world = train.World("cpu")
+    world = train.World().meet("cpu")
     calls, all_reduce = [], torch.distributed.all_reduce
     torch.distributed.all_reduce = lambda t, *a, **k: (calls.append(t.numel()), all_reduce(t, *a, **k))[1]
     net, x, y, widths = joined_batch()
@@ -1072,7 +1072,7 @@ SMALL = ["--device", "cpu", "--epochs", "2", "--batch-size", "32", "--held-out",
 
 
 def small_data(*flags, rank=0, size=1):
-    data = train.Data(train.parse_args([*SMALL, *flags]), train.World("cpu"))
+    data = train.Data(train.parse_args([*SMALL, *flags]), train.World().meet("cpu"))
     data.world.rank, data.world.size = rank, size  # as if this were one of several
     return data
 
@@ -1082,7 +1082,7 @@ def test_arrays_are_read_as_written(kind, make_data):
     args = train.parse_args(make_data(kind))
     torch.manual_seed(0)  # what was drawn is drawn again
     n, shape, labels = (96, (1, 28, 28), IDX[kind][2]) if kind in IDX else (100, (3, 32, 32), 10)
-    (x, y), (test_x, test_y), names = train.load_arrays(args, train.World("cpu"))
+    (x, y), (test_x, test_y), names = train.load_arrays(args, train.World().meet("cpu"))
     assert torch.equal(x, noise(n, *shape)) and torch.equal(test_x, noise(20, *shape))
     assert y.tolist() == [i % labels for i in range(n)] and test_y.tolist() == [i % labels for i in range(20)]
     assert len(names) == (100 if kind == "cifar100" else labels)
@@ -1308,9 +1308,9 @@ def test_memory_follows_the_data(tmp_path):
         peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         args = train.parse_args("--data fashion-mnist --data-dir . --image-size 224 --held-out 500 --augment shift".split())
         x, y = torch.randint(256, (4000, 1, 28, 28), dtype=torch.uint8), torch.zeros(4000, dtype=torch.long)
-        train.array_sets(args, train.World("cpu"), x[:900], y[:900], x[:9], y[:9])
+        train.array_sets(args, train.World().meet("cpu"), x[:900], y[:900], x[:9], y[:9])
         before = peak()
-        sets = train.array_sets(args, train.World("cpu"), x, y, x[:9], y[:9])
+        sets = train.array_sets(args, train.World().meet("cpu"), x, y, x[:9], y[:9])
         assert (peak() - before) < 1.6 * sum(s.x.nbytes for s in sets), (peak() - before) / sum(s.x.nbytes for s in sets)
         before = peak()
         Image.new("RGB", (20000, 1)).save("thin.png")
@@ -1416,7 +1416,7 @@ def test_training_is_the_loop_that_joslim_opens_with(flags, tiny, tmp_path):
     flags = [*tiny, "--tau", "2", "--warmup-epochs", "1", "--method", *flags.split()]
     assert train.main([*flags, "--out", str(tmp_path)]) == 0
     args = train.parse_args(flags)
-    data, k = train.Data(args, train.World("cpu")), args.accumulate
+    data, k = train.Data(args, train.World().meet("cpu")), args.accumulate
     torch.manual_seed(0)
     net = models.build("resnet8", 10, 8, 1).to(memory_format=torch.channels_last)
     sampler = {"joslim": joslim.Joslim(6, flops_ratio(net), num_prior=3, ema=0.7),
@@ -1448,7 +1448,7 @@ def test_front_csv_is_the_plain_networks(tiny, tmp_path):
     state, rows = read_state(tmp_path), read_front(tmp_path)
     net = models.build(**state["network"])
     net.load_state_dict(state["model"])
-    run = train.Run(train.parse_args([*flags, "--resume"]), train.World("cpu"), None, [])
+    run = train.Run(train.parse_args([*flags, "--resume"]), train.World().meet("cpu"), None, [])
     data, run.args.front_size = run.data, 2
     ends = torch.tensor([[1.0], [LOWER]], dtype=torch.float64).expand(2, 6)
     assert torch.equal(train.find_front(run), ends.flip(0))
@@ -2117,22 +2117,22 @@ def test_downloads_fetch_what_is_missing_or_fail_in_one_line(kind, failure, word
 
     for module in (torchvision.datasets.mnist, torchvision.datasets.cifar):
         monkeypatch.setattr(module, "download_and_extract_archive", fetch)
-    train.load_arrays(args, train.World("cpu"))  # all is there, if packed: nothing is fetched
+    train.load_arrays(args, train.World().meet("cpu"))  # all is there, if packed: nothing is fetched
     for path in (tmp_path / kind).rglob("*train-labels*" if kind in IDX else "data_batch_3"):
         path.unlink()
     with pytest.raises(train.UserError, match=f"^--download: {kind} could not be fetched") as refused:
-        train.load_arrays(args, train.World("cpu"))
+        train.load_arrays(args, train.World().meet("cpu"))
     assert word in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_more_processes_than_gpus(monkeypatch):
     with pytest.raises(train.UserError, match="GPU 99"):
-        train.World("cuda:99")
+        train.World().meet("cuda:99")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(train.World, "meet", lambda world: vars(world).update(rank=1, local_rank=1, size=2))
+    monkeypatch.setattr(train.World, "find_others", lambda world: vars(world).update(rank=1, local_rank=1, size=2))
     with pytest.raises(train.UserError, match="GPU 1 asked for, this machine has 1"):
-        train.World("cuda")
+        train.World().meet("cuda")
 
 
 ONE, FAR = torch.ones(3), torch.empty(3, device="meta")  # meta: a device that every machine has

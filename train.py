@@ -244,32 +244,32 @@ def test_front(run: "Run", front: torch.Tensor) -> list[tuple]:
 def main(argv: list[str] | None = None) -> int:
     """A whole run -> its exit code. What the user can mend is one line on stderr, from one process."""
     argv = sys.argv[1:] if argv is None else argv
-    world = run = None
-    others = multiprocessing.active_children()
-    try:
-        args = parse_args(argv)
-        world = World(args.device)
-        with handling_signals(world.ask), run_folder(args, world) as log_file:
-            run = Run(args, world, log_file, argv)
-            with world.finishing_steps():
-                train(run)
-            with run.searching():
-                front = find_front(run)
-            rows = test_front(run, front)
-            run.require_agreement()
-            run.report(rows)
-        return 0
-    except (Exception, KeyboardInterrupt) as e:
-        first = world.first_to_fail() if world else not os.environ.get("LOCAL_RANK", "0").strip("0").isdigit()
-        line, code = one_line(e, run)
-        if first and not line:
-            raise
-        if first:
-            tell("train.py: " + line.replace("\n", "\\n"), sys.stderr)
-        return code
-    finally:
-        World.leave()
-        end_workers(others)
+    world, run, others = World(), None, multiprocessing.active_children()
+    with handling_signals(world.ask):
+        try:
+            args = parse_args(argv)
+            world.meet(args.device)
+            with run_folder(args, world) as log_file:
+                run = Run(args, world, log_file, argv)
+                with world.finishing_steps():
+                    train(run)
+                with run.searching():
+                    front = find_front(run)
+                rows = test_front(run, front)
+                run.require_agreement()
+                run.report(rows)
+            return 0
+        except (Exception, KeyboardInterrupt) as e:
+            world.finishing = True  # another signal changes nothing
+            first, (line, code) = world.first_to_fail(), one_line(e, run)
+            if first and not line:
+                raise
+            if first:
+                tell("train.py: " + line.replace("\n", "\\n"), sys.stderr)
+            return code
+        finally:
+            world.leave()
+            end_workers(others)
 
 
 class UserError(Exception):
@@ -500,11 +500,13 @@ PATIENCE = timedelta(minutes=30)  # with processes that do not answer
 class World:
     """This process among all that torchrun started; alone without it."""
 
-    def __init__(self, device: torch.device | str | None = None):
-        self.rank, self.local_rank, self.size = 0, 0, 1
+    def __init__(self):
+        self.rank, self.local_rank, self.size, self.faults = 0, 0, 1, None
         self.asked, self.stopping, self.finishing, self.requests = 0, False, False, deque()  # see `ask`
-        if os.environ.get("WORLD_SIZE", "1") != "1":
-            self.meet()
+
+    def meet(self, device: torch.device | str | None = None) -> "World":
+        """Takes its device, and finds the other processes, where there are any."""
+        store = self.find_others() if os.environ.get("WORLD_SIZE", "1") != "1" else None
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if self.device.type == "cuda":
             index = self.local_rank if self.size > 1 else self.device.index or 0
@@ -514,10 +516,11 @@ class World:
             torch.cuda.set_device(self.device)
         if self.size > 1:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=PATIENCE, rank=self.rank, world_size=self.size, store=self.store)
+            dist.init_process_group(backend, timeout=PATIENCE, rank=self.rank, world_size=self.size, store=store)
+        return self
 
-    def meet(self):
-        """Finds the other processes, by the addresses that torchrun puts into the environment."""
+    def find_others(self):
+        """The store by which the processes find each other, at the address that torchrun puts into the environment."""
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         slow = threading.Timer(10, tell, [f"waiting for process 0 at {where}, for {PATIENCE.seconds // 60} minutes at most"])
         try:
@@ -540,12 +543,12 @@ class World:
             # torchrun's store outlives its workers: a restart must not find the dead ones' addresses in it
             # (pytorch issue 135712). Nodes count restarts differently, so this serves a single one.
             store = dist.PrefixStore(restart, store)
-        self.store = store
+        return store
 
     def first_to_fail(self):
         """Whether no other process failed before. The first speaks; the others, who lose it, leave without a word."""
-        if self.size == 1:
-            return True
+        if not self.faults:  # all fail alike, over the command's flags
+            return not os.environ.get("LOCAL_RANK", "0").strip("0").isdigit()
         mine = f"process {self.rank}"
         with suppress(RuntimeError):  # where process 0 has gone, and the store with it
             return self.faults.compare_set("first", "", mine).decode() == mine

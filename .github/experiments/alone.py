@@ -67,12 +67,12 @@ def main():
     p.add_argument("--out", required=True, type=Path, metavar="FOLDER")
     own, rest = p.parse_known_args()
     start, args = time.perf_counter(), train.parse_args(rest)
-    world = train.World(args.device)
+    world = train.World().meet(args.device)
     args.amp = world.device.type == "cuda" if args.amp is None else args.amp
     data = train.Data(args, world)
 
     torch.manual_seed(args.seed)
-    full = models.build(args.arch, data.classes, args.image_size, data.channels)
+    full = models.build(args.arch, len(data.about["classes"]), args.image_size, data.channels)
     widths = torch.tensor([float(w) for w in own.widths.split()], dtype=torch.float64)
     widths = widths.expand(full.num_widths) if len(widths) == 1 else widths
     # Cut from the weights with which the slimmable network of this seed starts.
