@@ -7,6 +7,9 @@
     net.flops(a), net.params(a), net.memory(a)   # a (..., num_widths) -> (...,)
     plain = net.extract()                     # an ordinary nn.Sequential, weights cut and copied
 
+    net = load("front.pt")                    # what a run of train.py wrote
+    net.use(flops=0.5)                        # its best configuration within half the FLOPs, ready to run
+
 The whole idea is the `WidthGroup`: tensors that are added share one, a layer is told which group
 it reads and which it writes, and choosing widths is setting each group's `active` once. Forward
 passes read like the ordinary networks'; costs are found by watching one forward pass.
@@ -19,6 +22,7 @@ This file needs torch alone.
 
 import copy
 import functools
+import time
 from collections import OrderedDict
 
 import torch
@@ -42,6 +46,26 @@ class WidthGroup:
             raise ValueError(f"max must be at least 1, got {max}")
         self.max = self.active = max
         self.fixed = fixed
+
+
+class Concatenation:
+    """What a layer reads where tensors of several groups are concatenated, in this order, along the channels."""
+
+    fixed = True  # its width is its parts'
+
+    def __init__(self, *parts: WidthGroup):
+        self.parts = parts
+
+    max = property(lambda self: sum(g.max for g in self.parts))
+    active = property(lambda self: sum(g.active for g in self.parts))
+
+
+def input_channels(weight: Tensor, reads: WidthGroup | Concatenation) -> Tensor:
+    """The weight (out, in, ...) without those of a concatenation's channels that are not in use."""
+    if isinstance(reads, WidthGroup) or weight.shape[1] == reads.active:
+        return weight
+    parts = zip(weight.split([g.max for g in reads.parts], 1), reads.parts)
+    return torch.cat([part[:, : g.active] for part, g in parts], 1)
 
 
 def first_channels(t: Tensor, *sizes: int) -> Tensor:
@@ -72,7 +96,8 @@ class Conv2d(nn.Conv2d):
         i, o = self.reads.active, self.writes.active
         groups = o if self.depthwise else 1
         bias = None if self.bias is None else first_channels(self.bias, o)
-        return F.conv2d(x, first_channels(self.weight, o, i // groups), bias, self.stride, self.padding, 1, groups)
+        weight = first_channels(input_channels(self.weight, self.reads), o, i // groups)
+        return F.conv2d(x, weight, bias, self.stride, self.padding, 1, groups)
 
     def plain(self):
         i, o = self.reads.active, self.writes.active
@@ -89,6 +114,8 @@ class BatchNorm2d(nn.BatchNorm2d):
     """
 
     def __init__(self, group):
+        if isinstance(group, Concatenation):
+            raise ValueError("BatchNorm2d: normalises a group; normalise the parts before they are concatenated")
         super().__init__(group.max, momentum=0.0)
         self.reads = self.writes = group
 
@@ -112,7 +139,8 @@ class Linear(nn.Linear):
         self.reads, self.writes = reads, WidthGroup(out_features, fixed=True)
 
     def forward(self, x):
-        return F.linear(x, first_channels(self.weight, self.out_features, self.reads.active), self.bias)
+        weight = input_channels(self.weight, self.reads)
+        return F.linear(x, first_channels(weight, self.out_features, self.reads.active), self.bias)
 
     def plain(self):
         return nn.Linear(self.reads.active, self.out_features)
@@ -162,16 +190,21 @@ class Slimmable(nn.Sequential):
     Args:
         layers: named children, run one after another.
         image: (channels, height, width) of one input, for the costs.
+        divisor: channel counts are multiples of it (the full network's are what they are), as processors like them.
 
     Attributes:
         groups: the width groups that are slimmed, in the order of `named_modules()`; a[i] sets `groups[i]`.
         names: for each group, the first layer that writes it.
         num_widths: d, the length of a configuration.
+        front: of a network that `load` returned, {"flops": (k,), "params": ..., "top1": ..., "widths": (k, d)}, by rising cost.
     Raises ValueError, with the layer's name, for a network whose costs cannot be told from its layers: see `_require_wiring`.
     """
 
-    def __init__(self, layers: "OrderedDict[str, nn.Module]", image: tuple[int, int, int]):
+    front = statistics = None
+
+    def __init__(self, layers: "OrderedDict[str, nn.Module]", image: tuple[int, int, int], divisor: int = 1):
         super().__init__(layers)
+        self.image, self.divisor = image, divisor
         names = {}
         for name, m in self.named_modules():
             if isinstance(m, LAYERS) and not m.writes.fixed:
@@ -181,13 +214,14 @@ class Slimmable(nn.Sequential):
         self._max = torch.tensor([g.max for g in self.groups], dtype=torch.float64)
         trace = _Trace(self, image)
         _require_wiring(self, image, trace)
-        self._flops, self._params = _weight_tables(self, trace)
+        self._flops, self._params, self._terms = _weight_tables(self, trace)
         self._live = _activation_table(self, trace)
+        self.latency_table = None
 
     def set_widths(self, a: Tensor | float) -> None:
         """Run at configuration `a` (d,) in (0, 1]^d from now on; a float sets every group alike.
 
-        Group i keeps its first round(a_i * max_i) channels, at least one.
+        Group i keeps its first round(a_i * max_i) channels, at least one (or `divisor` of them).
         Raises ValueError for a wrong length or a value outside (0, 1].
         """
         channels = self.channels(a)
@@ -207,7 +241,10 @@ class Slimmable(nn.Sequential):
         if len(bad):
             raise ValueError(f"a: widths must lie in (0, 1], got {bad[0].item():g}")
         c = a * self._max.to(a.device)
-        return c if relaxed else c.round().clamp(min=1)
+        if relaxed:
+            return c
+        most, n = self._max.to(a.device), self.divisor
+        return torch.where(a == 1, most, (c / n).round().clamp(min=1).mul(n).minimum(most))
 
     def flops(self, a: Tensor | float, relaxed: bool = False) -> Tensor:
         """Multiply-accumulates of convolutions and linear layers for one image: a (..., d) -> (...,).
@@ -230,6 +267,32 @@ class Slimmable(nn.Sequential):
         c = _with_one(self.channels(a, relaxed))
         live = (c @ self._live.to(c.device).T).amax(-1)
         return 4 * (self._quadratic(self._params, a, relaxed) + live)
+
+    def latency(self, a: Tensor | float, relaxed: bool = False) -> Tensor:
+        """Milliseconds of a forward pass as `fit_latency` found them: a (..., d) -> (...,). `relaxed` as in `flops`.
+
+        Raises ValueError before that.
+        """
+        if self.latency_table is None:
+            raise ValueError("latency: measure some configurations, and fit_latency() first")
+        return self._quadratic(self.latency_table, a, relaxed)
+
+    def fit_latency(self, widths: Tensor, milliseconds: Tensor) -> Tensor:
+        """Fits `latency` to the times (n,) measured at widths (n, d) -> the relative errors (n,) that are left.
+
+        A sum of the terms of `_weight_tables`, none with a negative weight: so it grows with every width. The
+        weights minimise the squared relative error (non-negative least squares by the multiplicative updates of
+        Lee & Seung 2001, which keep the sign).
+        """
+        c = _with_one(self.channels(widths))
+        terms = torch.einsum("ni,fij,nj->nf", c, self._terms, c)
+        share = terms / terms.mean(0) / milliseconds.double()[:, None]
+        weights = torch.full_like(terms[0], 1 / share.sum(1).mean().item())
+        gram, target = share.T @ share, share.sum(0)
+        for _ in range(20000):
+            weights *= target / (gram @ weights).clamp_min(1e-300)
+        self.latency_table = torch.einsum("f,fij->ij", weights / terms.mean(0), self._terms)
+        return share @ weights - 1
 
     def _quadratic(self, form, a, relaxed):
         # A weight's size is a constant times its input group's count times its output group's, so that all
@@ -255,9 +318,33 @@ class Slimmable(nn.Sequential):
         children = ((name, copy.deepcopy(m, plain)) for name, m in self.named_children())
         return nn.Sequential(OrderedDict(children)).train(self.training)
 
+    def use(self, **budget: float) -> dict[str, float]:
+        """Runs from now on at the front's best configuration within a budget, in eval mode: use(flops=0.5).
+
+        One of flops, params, memory (bytes) and, where it was measured, latency (ms): a ratio to the full network's,
+        or, above 1, the cost itself. BatchNorm's statistics come along: no images are needed. Returns that
+        configuration's row of front.csv, but for its widths. Raises ValueError without a front, and for a budget
+        that none fits into.
+        """
+        ((name, limit),) = budget.items()
+        if self.front is None or name not in self.front or name in ("widths", "loss", "top1", "top5"):
+            raise ValueError(f"use: no front with a {name} to choose from; models.load() what a run has written")
+        cost = self.front[name]
+        fits = (cost <= (limit if limit > 1 else limit * cost.max()) * (1 + 1e-9)).nonzero()
+        if not len(fits):
+            raise ValueError(f"{name}: nothing fits into {limit:g}; the smallest needs {cost.min():g}, "
+                             f"{cost.min() / cost.max():.4f} of the full network")  # fmt: skip
+        best = int(fits[-1])  # of rising cost, and so of falling loss on held-out images
+        self.set_widths(self.front["widths"][best])
+        set_statistics(self, self.statistics[best])
+        self.eval()
+        return {k: v[best].item() for k, v in self.front.items() if k != "widths"}
+
 
 def _plain(layer):
     plain, state = layer.plain(), layer.state_dict()
+    if layer.reads is not layer.writes and "weight" in state:
+        state["weight"] = input_channels(state["weight"], layer.reads)
     cut = {k: state[k][tuple(map(slice, v.shape))] for k, v in plain.state_dict().items()}
     for p in layer.parameters():
         plain.to(p.device, p.dtype).requires_grad_(p.requires_grad)
@@ -265,8 +352,117 @@ def _plain(layer):
     return plain
 
 
+def _norms(net):
+    return [m for m in net.modules() if isinstance(m, BatchNorm2d)]
+
+
+def get_statistics(net: Slimmable) -> Tensor:
+    """All running means and variances as one vector."""
+    return torch.cat([t for m in _norms(net) for t in (m.running_mean, m.running_var)])
+
+
+def set_statistics(net: Slimmable, vector: Tensor) -> None:
+    """Sets what `get_statistics` gave."""
+    buffers = [t for m in _norms(net) for t in (m.running_mean, m.running_var)]
+    for t, part in zip(buffers, vector.to(buffers[0]).split([len(t) for t in buffers])):
+        t.copy_(part)
+
+
+def load(path: str, device: torch.device | str = "cpu") -> Slimmable:
+    """The network of a front.pt, with its front: see `Slimmable.use`. In eval mode, at full width.
+
+    `net.data` holds the names of the classes, and mean and deviation of the images: they are to be
+    (image / 255 - mean) / std. Runs nothing that is in the file.
+    """
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    net = build(**state["network"])
+    net.load_state_dict(state["model"])
+    net.front, net.statistics, net.data = state["front"], state["statistics"].to(device), state["data"]
+    net.latency_table = state["latency"]
+    net.to(device)
+    net.use(**{state["cost"]: 1.0})
+    return net
+
+
+def sort_channels(net: Slimmable) -> None:
+    """Permutes each group's channels by falling importance: the first are those worth keeping. The full network stays the same.
+
+    A channel's importance is the sum of the absolute weights that read it. Groups that a parameter-free shortcut
+    joins stay as they are: their channels must go on meeting.
+    """
+    layers = [m for m in net.modules() if isinstance(m, LAYERS)]
+    joined = {g for m in layers if isinstance(m, Shortcut) for g in (m.reads, m.writes)}
+    for group in set(net.groups) - joined:
+        readers = [(m, start) for m in layers for start in _starts(m, group)]
+        weight = sum(m.weight.detach()[:, start : start + group.max].abs().flatten(2).sum((0, 2)) if m.weight.ndim > 2
+                     else m.weight.detach()[:, start : start + group.max].abs().sum(0) for m, start in readers)  # fmt: skip
+        order = weight.argsort(descending=True) if len(readers) else torch.arange(group.max)
+        with torch.no_grad():
+            for m, start in readers:
+                m.weight[:, start : start + group.max] = m.weight[:, start : start + group.max][:, order]
+            for m in layers:
+                for t in m.state_dict().values() if m.writes is group else ():
+                    if t.ndim:
+                        t.copy_(t[order.to(t.device)])
+
+
+def _starts(layer, group):
+    """Where in the layer's input channels those of the group begin; not for what writes the group that it reads."""
+    if isinstance(layer, (BatchNorm2d, Shortcut)) or getattr(layer, "depthwise", False):
+        return []
+    parts = layer.reads.parts if isinstance(layer.reads, Concatenation) else [layer.reads]
+    return [sum(g.max for g in parts[:k]) for k, part in enumerate(parts) if part is group]
+
+
 def _with_one(c):
     return F.pad(c, (0, 1), value=1.0)
+
+
+# ------------------------------------------------------------------------------ latency
+
+
+@torch.inference_mode()
+def time_forward(net: nn.Module, x: Tensor, runs: int = 10) -> Tensor:
+    """Milliseconds of `runs` forward passes of batch x, one by one, after two that are not counted."""
+    times = []
+    for _ in range(runs + 2):
+        began = time.perf_counter()
+        net(x)
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        times.append(1000 * (time.perf_counter() - began))
+    return torch.tensor(times[2:], dtype=torch.float64)
+
+
+def time_networks(net: Slimmable, widths: Tensor, batch: int = 1, threads: int | None = None) -> Tensor:
+    """Milliseconds (k, 30) of forward passes of the networks extracted at widths (k, d), on net's device.
+
+    They take turns, so that whatever else the machine does meets all alike. `threads` of a CPU: None means torch's.
+    """
+    x, before = torch.randn(batch, *net.image, device=next(net.parameters()).device), torch.get_num_threads()
+    networks = [net.extract(a).eval() for a in widths]
+    torch.set_num_threads(threads or before)
+    times = torch.cat([torch.stack([time_forward(one, x) for one in networks]) for _ in range(3)], 1)
+    torch.set_num_threads(before)
+    return times
+
+
+def measure_latency(net: Slimmable, lower: float, count: int = 80, seed: int = 0, **how) -> tuple[Tensor, Tensor, Tensor]:
+    """Times `count` configurations with widths from `lower` up, some of them uniform, and fits `net.latency` to them.
+
+    how: as for `time_networks`. Returns their widths (count, d), median milliseconds (count,), and the relative errors
+    of a fit to three quarters of them for the others, which it has not seen.
+    """
+    g = torch.Generator().manual_seed(seed)
+    middle, apart = (torch.rand(count, d, generator=g, dtype=torch.float64) for d in (1, net.num_widths))
+    apart[::8] = 0.5
+    widths = (lower + (1 - lower) * (middle + apart - 0.5)).clamp(lower, 1)
+    widths[0], widths[1] = lower, 1
+    times, unseen = time_networks(net, widths, **how).median(1).values, torch.arange(count) % 4 == 3
+    net.fit_latency(widths[~unseen], times[~unseen])
+    errors = (net.latency(widths[unseen]) / times[unseen] - 1).abs()
+    net.fit_latency(widths, times)
+    return widths, times, errors
 
 
 # ------------------------------------------------------------------------------ cost tables
@@ -275,7 +471,7 @@ def _with_one(c):
 class _Trace(TorchDispatchMode):
     """One image's way through the network at the widths now set, on the meta device, where no arithmetic is done.
 
-    calls: (name, layer, its output's pixels) of the slimmable layers, in order; a shared one comes twice.
+    calls: (name, layer, its output's pixels, its input's) of the slimmable layers, in order; a shared one comes twice.
     lives: of each activation [group whose channels it carries, values, first operation, last operation, layer before].
 
     A ResNet block, whose ReLUs and addition work in place. A column is an operation: its stars are in memory at once.
@@ -317,10 +513,13 @@ class _Trace(TorchDispatchMode):
         if len(shape) != (2 if linear else 4) or shape[1] != layer.reads.active:
             raise ValueError(f"{name}: reads a group of which {layer.reads.active} channels are in use, "
                              f"got an input of shape {tuple(shape)}")  # fmt: skip
+        carried = self.lives[self.storage(inputs[0])][0]
+        if isinstance(carried, Concatenation) and carried.parts != getattr(layer.reads, "parts", ()):
+            raise ValueError(f"{name}: reads something else than the Concatenation of groups that it gets")
         self.name = name
 
     def leave(self, name, layer, inputs, out):
-        self.calls.append((name, layer, out[0, 0].numel()))
+        self.calls.append((name, layer, out[0, 0].numel(), inputs[0][0, 0].numel()))
         self.lives[self.storage(out)][0] = layer.writes
 
     def storage(self, t):
@@ -340,49 +539,61 @@ class _Trace(TorchDispatchMode):
             self.weights |= {self.storage(t) for t in made}  # a cut weight is one
         # Statistics are vectors and pooling's indices integers: neither is an activation.
         activations = [t for t in read + made if t.ndim > 1 and t.is_floating_point() and self.storage(t) not in self.weights]
+        carried = [self.lives.get(self.storage(t), [None])[0] for t in activations if t not in set(made)]
+        joins = op is torch.ops.aten.cat.default and None not in carried and (args[1:] or (0,))[0] == 1
         for t in activations:  # an output has its input's channels (a pooling's, say), unless a layer knows better
-            self.meet(t, self.lives.get(self.storage(activations[0]), [None])[0])
+            self.meet(t, Concatenation(*carried) if joins else carried[0] if carried else None)
         self.seen += read + made  # kept alive, so that no storage's address comes twice
         self.operations += 1
         return out
 
 
-def _place(net, group):
-    """(i, factor): the group has factor * (c, 1)[i] channels. Fixed ones are a multiple of the 1; None is one channel."""
-    if group in net.groups:
-        return net.groups.index(group), 1
-    return net.num_widths, group.max if group else 1
+def _count(net, group):
+    """The group's channels as a vector v: v' (c, 1). Fixed ones are a multiple of the 1, a concatenation is its parts' sum."""
+    v = torch.zeros(net.num_widths + 1, dtype=torch.float64)
+    for g in group.parts if isinstance(group, Concatenation) else [group]:
+        place, factor = (net.groups.index(g), 1) if g in net.groups else (net.num_widths, g.max if g else 1)
+        v[place] += factor
+    return v
 
 
 def _weight_tables(net, trace):
-    """FLOPs and parameters as matrices Q: with c the channel counts followed by a 1, each is c' Q c.
+    """FLOPs and parameters as matrices Q, and a latency's terms as a stack of such: with c the channel counts followed by
+    a 1, each is c' Q c.
 
     Q[i, j] sums over the layers that read group i and write group j: a kernel's pixels, for FLOPs times
     the output's. A 3 x 3 convolution on 32 x 32 pixels gives 9 and 9216. The last row is for what reads
     no slimmed group: vectors, depthwise kernels, the image.
+
+    The terms of a latency: for the layers of each kind (class, kernel, stride, pixels) together their FLOPs, what
+    they read and what they write; and a constant.
     """
+    one = _count(net, None)
     flops, params = (torch.zeros(2 * [net.num_widths + 1], dtype=torch.float64) for _ in range(2))
-    known = set()
-    for _, layer, pixels in trace.calls:
+    known, terms = set(), {"constant": torch.outer(one, one)}
+    for _, layer, pixels, pixels_read in trace.calls:
+        depthwise = getattr(layer, "depthwise", False)
+        read, written = _count(net, layer.reads), _count(net, layer.writes)
+        kind = type(layer), getattr(layer, "kernel_size", 1), getattr(layer, "stride", 1), depthwise, pixels
         for p in layer.parameters(recurse=False):
             matrix = p.ndim > 1  # a vector's size, like a depthwise kernel's, goes with one group only
-            reads = layer.reads if matrix and not getattr(layer, "depthwise", False) else None
-            (i, m), (j, n) = _place(net, reads), _place(net, layer.writes)
-            size = m * n * (p[0, 0].numel() if matrix else 1)
+            size = torch.outer(read if matrix and not depthwise else one, written) * (p[0, 0].numel() if matrix else 1)
             if layer not in known:
-                params[i, j] += size
+                params += size
             if matrix:
-                flops[i, j] += size * pixels
+                flops += size * pixels
+                for what, value in (("flops", size * pixels), ("reads", torch.outer(one, read) * pixels_read),
+                                    ("writes", torch.outer(one, written) * pixels)):  # fmt: skip
+                    terms[what, kind] = terms.get((what, kind), 0) + value
         known.add(layer)
-    return flops, params
+    return flops, params, torch.stack(list(terms.values()))
 
 
 def _activation_table(net, trace):
     """Rows, of which the largest product with (c, 1) is the number of activation values alive at one time."""
     rows = torch.zeros(trace.operations, net.num_widths + 1, dtype=torch.float64)
     for group, numel, first, last, _ in trace.lives:
-        i, factor = _place(net, group)
-        rows[first : last + 1, i] += factor * numel / (group.max if group else 1)
+        rows[first : last + 1] += _count(net, group) * (numel / (group.max if group else 1))
     rows = rows.unique(dim=0)
     below = (rows[:, None] <= rows[None]).all(-1).sum(1) > 1  # never the largest: another row is above it
     return rows[~below]
@@ -394,7 +605,7 @@ def _require_wiring(net, image, full):
     Two configurations are tried in which groups differ: what only fits at full width (two tensors concatenated and
     read as one group, two groups added) fits at neither.
     """
-    called = [layer for _, layer, _ in full.calls]
+    called = [layer for _, layer, *_ in full.calls]
     for name, m in net.named_modules():
         if not isinstance(m, LAYERS):
             for p, _ in m.named_parameters(recurse=False):
@@ -468,7 +679,7 @@ class Bottleneck(nn.Module):
         return self.relu(out)
 
 
-def resnet(block, depths, num_classes, image, cifar=False):
+def resnet(block, depths, num_classes, image, divisor=1, cifar=False):
     """ResNet (He et al. 2016): CIFAR form (3x3 stem, parameter-free shortcuts) or torchvision's ImageNet form."""
     planes = (16, 32, 64) if cifar else (64, 128, 256, 512)
     pixels, reads = WidthGroup(image[0], fixed=True), WidthGroup(planes[0])
@@ -491,7 +702,7 @@ def resnet(block, depths, num_classes, image, cifar=False):
             reads = writes
         layers[f"layer{s + 1}"] = nn.Sequential(*blocks)
     layers.update(avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=Linear(reads, num_classes))
-    return Slimmable(_initialised(layers), image)
+    return Slimmable(_initialised(layers), image, divisor)
 
 
 def conv_bn_relu6(reads, writes, kernel_size, stride=1, depthwise=False):
@@ -515,7 +726,7 @@ class InvertedResidual(nn.Module):
         return out.add_(x) if self.residual else out
 
 
-def mobilenet_v2(num_classes, image):
+def mobilenet_v2(num_classes, image, divisor=1):
     """MobileNetV2 (Sandler et al. 2018) in torchvision's form, without dropout; its last 1280 channels stay."""
     pixels, last = WidthGroup(image[0], fixed=True), WidthGroup(1280, fixed=True)
     reads = WidthGroup(32)
@@ -534,7 +745,7 @@ def mobilenet_v2(num_classes, image):
         flatten=nn.Flatten(),
         classifier=nn.Sequential(nn.Identity(), Linear(last, num_classes)),  # Identity: torchvision's dropout
     )
-    return Slimmable(_initialised(layers), image)
+    return Slimmable(_initialised(layers), image, divisor)
 
 
 def _initialised(layers):
@@ -560,22 +771,24 @@ RESNETS = {
 ARCHS = (*RESNETS, "mbv2")
 
 
-def build(arch: str, num_classes: int, image_size: int, in_channels: int = 3) -> Slimmable:
+def build(arch: str, num_classes: int, image_size: int, in_channels: int = 3, divisor: int = 1) -> Slimmable:
     """A freshly initialised slimmable network (torch's global generator draws the weights).
 
     Args:
         arch: one of ARCHS. resnet8 to resnet56 in steps of 12 are the CIFAR form (three stages), the
             other ResNets and mbv2 the ImageNet form with torchvision's parameter names.
         image_size: height and width of the square inputs, for the costs.
+        divisor: channel counts are multiples of it.
     Raises ValueError for an unknown arch or a count below 1.
     """
-    for name, value in (("num_classes", num_classes), ("image_size", image_size), ("in_channels", in_channels)):
+    counts = dict(num_classes=num_classes, image_size=image_size, in_channels=in_channels, divisor=divisor)
+    for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     image = in_channels, image_size, image_size
     if arch == "mbv2":
-        return mobilenet_v2(num_classes, image)
+        return mobilenet_v2(num_classes, image, divisor)
     if arch not in RESNETS:
         raise ValueError(f"arch: unknown {arch!r}, choose from {', '.join(ARCHS)}")
     block, depths = RESNETS[arch]
-    return resnet(block, depths, num_classes, image, cifar=len(depths) == 3)
+    return resnet(block, depths, num_classes, image, divisor, cifar=len(depths) == 3)

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import gzip
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -212,6 +213,10 @@ def conv(reads, writes, *how):
      {"gate": conv("b", "b", 1)}),  # squeeze and excitation; and the rest runs twice
     (lambda m, x: m.end(m.two(m.one(x) + torch.zeros(1, 1, 12, 12, device=x.device))), {}),  # a tensor made on the way
     (lambda m, x: m.end(F.group_norm(m.two(m.one(x)), 1)), {}),
+    (lambda m, x: m.end(m.join(torch.cat([m.two(m.one(x)), m.one(x)[:, :, ::2, ::2], m.two(m.one(x))], 1))),
+     {"join": lambda m: models.Conv2d(models.Concatenation(m.b, m.a, m.b), m.b, 3, bias=True)}),  # of groups, one twice
+    (lambda m, x: m.last(torch.cat([m.two(m.one(x)).mean((2, 3)), m.end(m.two(m.one(x)))], 1)),
+     {"last": lambda m: models.Linear(models.Concatenation(m.b, m.out.writes), 2)}),  # of a fixed one, too
     (lambda m, x: m.end(m.two(m.one(x) * m.one(x).amax(1, keepdim=True).sigmoid())), {}),  # a map of no group's channels
     (lambda m, x: m.end(m.two(m.one(x)).flatten(2).transpose(1, 2).relu().transpose(1, 2).unflatten(2, (6, 6))), {}),
 ])  # fmt: skip
@@ -228,6 +233,10 @@ def test_another_network_made_slimmable(forward, more):
             plain.eval()(x[:1].clone())  # a storage of its own
         assert net.memory(a).item() == weights + live.peak()
         assert net.flops(a).item() == macs_by_hooks(plain, x[:1])  # last: its hooks stay
+    net.set_widths(1.0)
+    before = net.eval()(x)
+    models.sort_channels(net)
+    torch.testing.assert_close(net(x), before)
     if forward is None:
         assert net.flops(torch.tensor([0.5, 0.75])).item() == 9 * 4 * 144 + 9 * 4 * 9 * 36 + 9 * 3
 
@@ -252,6 +261,9 @@ def test_another_network_made_slimmable(forward, more):
     (lambda m, x: m.end(F.group_norm(m.two(m.one(x)), 4)), {}, "after net.two"),  # of 12 channels, but not of 7
     (lambda m, x: m.end(m.two(F.relu(m.one(x))).view(1, 12, 6, 6)), {}, "after net.two"),
     (None, {"deep": conv("a", "b", 3, 1, True)}, "depthwise"),
+    (None, {"norms": lambda m: models.BatchNorm2d(models.Concatenation(m.a, m.b))}, "BatchNorm2d: normalises a group"),
+    (lambda m, x: m.end(m.join(torch.cat([m.two(m.one(x)), m.one(x)[:, :, ::2, ::2]], 1))),
+     {"join": lambda m: models.Conv2d(models.Concatenation(m.a, m.b), m.b, 3)}, "net.join: reads something else"),
 ])  # fmt: skip
 def test_wrong_wiring_is_refused_by_name(forward, more, what):
     refuses(what, own, forward, **more)
@@ -1477,6 +1489,8 @@ def test_front_csv_is_the_plain_networks(tiny, tmp_path):
         ranks = (logits > logits.gather(1, y[:, None])).sum(1)  # how many classes are held likelier than the right one
         expected = F.cross_entropy(logits, y).item(), 5.0 * (ranks < 1).sum().item(), 5.0 * (ranks < 5).sum().item()
         assert tuple(float(row[k]) for k in ("loss", "top1", "top5")) == pytest.approx(expected, rel=1e-3)
+        hits = (ranks < 1).double()  # whose mean has this standard error
+        assert float(row["top1_error"]) == pytest.approx(100 * hits.std(correction=0).item() / len(hits) ** 0.5)
 
 
 @pytest.mark.parametrize("data, arch", [
@@ -1487,7 +1501,7 @@ def test_real_formats_train(data, arch, make_data, tmp_path):
     flags = [*SMALL, "--tau", "2", *make_data(data), "--arch", arch, "--workers", "1", *size]
     assert train.main([*flags, "--out", str(tmp_path / "out")]) == 0
     rows = read_front(tmp_path / "out")
-    assert list(rows[0]) == ["flops", "params", "memory", "loss", "top1", "top5", "widths"]
+    assert list(rows[0]) == ["flops", "params", "memory", "loss", "top1", "top1_error", "top5", "widths"]
     classes = {"emnist": 47, "fashion-mnist": 10, "cifar10": 10, "cifar100": 100, "imagenet": 2}[data]
     net = models.build(arch, classes, 28 if data == "emnist" else 32, 1 if data in IDX else 3)
     for row in rows:
@@ -1495,7 +1509,7 @@ def test_real_formats_train(data, arch, make_data, tmp_path):
         assert costs == [int(row[cost]) for cost in train.COSTS]
     assert int(rows[-1]["flops"]) == net.flops(1.0).item()
     names = {p.name for p in (tmp_path / "out").iterdir()}
-    assert names - {"front.png"} == {"checkpoint.pt", "checkpoint.previous.pt", "log.jsonl", "front.csv"}
+    assert names - {"front.png"} == {"checkpoint.pt", "checkpoint.previous.pt", "log.jsonl", "front.csv", "front.pt"}
 
 
 @pytest.mark.parametrize("flags", [
@@ -1519,7 +1533,7 @@ def test_finished_weights_are_searched(tiny, tmp_path, capsys, monkeypatch):
     assert train.main([*tiny, "--method", "slim", "--out", str(tmp_path / "slim")]) == 0
     judged, evaluate = [], train.evaluate
     monkeypatch.setattr(train, "evaluate", lambda *args: judged.append((len(args[1]), args[2])) or evaluate(*args))
-    flags = [*tiny, "--search", str(tmp_path / "slim"), "--cost", "memory"]
+    flags = ["--search", str(tmp_path / "slim"), "--cost", "memory"]  # all else is as that run had it
     assert train.main([*flags, "--out", str(tmp_path / "searched")]) == 0
     *rounds, whole = judged  # the last is the choice of the front
     assert [n for n, _ in rounds] == [0, 2, 3, 2, 2, 2, 2, 2] and all(torch.equal(x, rounds[0][1]) for _, x in rounds)
@@ -1610,6 +1624,206 @@ def test_torchrun_processes_agree(tiny, tmp_path):
     """The run checks it itself before it tests its front."""
     assert "2 processes agree" in finish([*launch(2), *tiny, "--out", str(tmp_path)])
     assert len(read_front(tmp_path)) >= 2
+
+
+# ------------------------------------------------------------------------------ from the front to something that runs
+# Compared with front.csv, with plain networks, with files loaded where nothing of this project is, with torchvision.
+
+
+@pytest.fixture(scope="session")
+def finished(tiny, tmp_path_factory):
+    """A finished run: do not write into it."""
+    out = tmp_path_factory.mktemp("finished")
+    assert train.main([*tiny, "--epochs", "2", "--front-size", "6", "--out", str(out)]) == 0
+    return out
+
+
+def test_front_pt_is_front_csv(finished, tiny):
+    """Every configuration, by every cost, as a ratio or absolute: at once, without images, to the digit."""
+    net, rows = models.load(str(finished / "front.pt")), read_front(finished)
+    data = train.Data(train.parse_args(tiny), train.World().meet("cpu"))
+    ((x, y),) = data.batches("test")
+    for row, cost in itertools.product(rows, ("flops", "params", "memory")):
+        full, own = float(rows[-1][cost]), float(row[cost])
+        last = [r for r in rows if float(r[cost]) <= own][-1]  # the costliest of what fits
+        for budget in (own, own / full):
+            seen = net.use(**{cost: budget})
+            assert seen == {k: float(v) for k, v in last.items() if k != "widths"}
+        with torch.no_grad():
+            for one in (net, net.extract()):
+                assert F.cross_entropy(one(x), y).item() == pytest.approx(float(last["loss"]), rel=1e-4)
+                assert 5 * (one(x).argmax(1) == y).sum().item() == float(last["top1"])
+    assert net.data["classes"] == torchvision.datasets.FashionMNIST.classes
+    raw = train.load_arrays(train.parse_args(tiny), train.World().meet("cpu"))[1][0]
+    small = torchvision.transforms.v2.functional.resize(raw, [8, 8], antialias=True)
+    mean, std = (torch.tensor(net.data[k]).view(-1, 1, 1) for k in ("mean", "std"))
+    torch.testing.assert_close((small / 255 - mean) / std, x)
+
+    smallest = min(float(r["flops"]) for r in rows)
+    refuses(f"flops: nothing fits into 0.01; the smallest needs {smallest:g}", net.use, flops=0.01)
+    refuses("flops: nothing fits into 2;", net.use, flops=2)
+    refuses("no front with a latency", net.use, latency=0.5)
+    refuses("no front with a top1", net.use, top1=50)
+    refuses("no front", models.build("resnet8", 5, 16).use, flops=0.5)
+
+
+def test_front_pt_needs_models_and_torch_alone(finished, tmp_path):
+    shutil.copy(ROOT / "models.py", tmp_path)
+    code = "import sys, models; net = models.load(sys.argv[1]); print(net.use(flops=0.9)['top1'], 'torchvision' in sys.modules)"
+    command = [sys.executable, "-c", code, str(finished / "front.pt")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    top1 = [r["top1"] for r in read_front(finished) if int(r["flops"]) <= 0.9 * int(read_front(finished)[-1]["flops"])][-1]
+    assert done.stdout.split() == [top1, "False"], done.stderr
+
+
+def test_export_runs_without_this_project(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    assert train.main(["--out", str(tmp_path / "run"), "--export", "0.7"]) == 0
+    net = models.load(str(tmp_path / "run" / "front.pt"))
+    row, x = net.use(flops=0.7), torch.randn(5, 1, 8, 8)
+    lines, kinds = capsys.readouterr().out.splitlines(), ["pt2"]
+    if importlib.util.find_spec("onnxscript") and importlib.util.find_spec("onnxruntime"):
+        kinds.append("onnx")
+    assert len(lines) == len(kinds)
+    for kind, line in zip(kinds, lines):
+        path = tmp_path / "run" / f"flops-0.70.{kind}"
+        top1, expected = re.search(r"test top-1 ([\d.]+) % \(front.csv ([\d.]+)\)", line).groups()
+        assert line.startswith(f"{path}: {path.stat().st_size / 1e6:.2f} MB, ") and top1 == expected == f"{row['top1']:.2f}"
+    torch.save(x, tmp_path / "x.pt")
+    code = """if True:
+        import sys, torch
+        net, x = torch.export.load(sys.argv[1]).module(), torch.load("x.pt")
+        torch.save([net(x), net(x[:1])], "y.pt")
+        assert not {"models", "joslim", "train", "torchvision"} & set(sys.modules)
+    """
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "run" / "flops-0.70.pt2")], cwd=tmp_path,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    many, one = torch.load(tmp_path / "y.pt")
+    torch.testing.assert_close(many, net(x).detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(one, net(x[:1]).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_exported(finished, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    before = sorted(p.name for p in run.iterdir())
+    for word, *argv in (
+        ("the smallest needs", "--out", str(run), "--export", "0.01"), ("--export: expected", "--out", str(run), "--export", "x"),
+        ("nowhere/checkpoint.pt", "--out", str(tmp_path / "nowhere"), "--export", "0.5"),
+        ("nowhere/checkpoint.pt", "--out", str(tmp_path / "nowhere"), "--benchmark"),
+        ("/nowhere is not a folder", "--out", str(run), "--export", "0.9", "--data-dir", "/nowhere"),
+    ):  # fmt: skip
+        assert train.main(argv) == 2 and word in one_line(capsys)
+    for content in (b"", b"garbage", (run / "front.pt").read_bytes()[:-100]):
+        (run / "front.pt").write_bytes(content)
+        assert train.main(["--out", str(run), "--export", "0.9"]) == 2 and "front.pt: not a readable front" in one_line(capsys)
+    (run / "front.pt").unlink()
+    assert train.main(["--out", str(run), "--benchmark"]) == 2 and "front.pt: missing" in one_line(capsys)
+    assert sorted(p.name for p in run.iterdir()) == [name for name in before if name != "front.pt"]
+
+
+def test_latency_fit_finds_a_known_formula():
+    """Times that are made of FLOPs, activations and a constant are found again, for widths not seen; never negative."""
+    net = models.build("resnet20", 10, 32)
+    a = torch.stack([widths_for(net, s, LOWER) for s in range(60)])
+    c = net.channels(a)
+    first = torch.tensor([4.0 * (n == "conv1") + n.startswith("layer1") for n in net.names])  # what its 32 x 32 convolutions write
+    truth = 1.5 + net.flops(a) / 2e7 + c @ first.double() / 400
+    assert net.fit_latency(a[:40], truth[:40]).abs().max() < 0.01
+    torch.testing.assert_close(net.latency(a[40:]), truth[40:], rtol=0.02, atol=0)
+    b = a + (1 - a) * torch.rand(60, net.num_widths)
+    assert (net.latency(a) <= net.latency(b)).all() and (net.latency_table >= 0).all()
+    w = a[:3].clone().requires_grad_()
+    (grad,) = torch.autograd.grad(net.latency(w, relaxed=True).sum(), w)
+    for i, e in enumerate(1e-6 * torch.eye(net.num_widths, dtype=torch.float64)):
+        slope = (net.latency(a[:3] + e, relaxed=True) - net.latency(a[:3] - e, relaxed=True)) / 2e-6
+        torch.testing.assert_close(grad[:, i], slope, rtol=1e-4, atol=1e-6)
+    refuses("latency: measure", models.build("resnet8", 10, 8).latency, 1.0)
+
+
+def test_latency_as_a_cost(tiny, tmp_path, capsys, monkeypatch):
+    flags = [*tiny, "--cost", "latency", "--threads", "1", "--latency-batch", "2", "--out", str(tmp_path)]
+    run_until(4, [*flags, "--save-minutes", "0"], monkeypatch)
+    before, (measured,) = read_state(tmp_path)["latency"], read_log(tmp_path, "latency")
+    assert len(measured["widths"]) == len(measured["milliseconds"]) == 80 and len(measured["unseen_errors"]) == 20
+    assert train.main([*flags, "--resume"]) == 0  # nothing is measured anew: the search goes on with what it began with
+    assert len(read_log(tmp_path, "latency")) == 1
+    assert torch.equal(read_state(tmp_path)["latency"], before)
+    rows = read_front(tmp_path)
+    times = [float(row["latency"]) for row in rows]
+    assert times == sorted(times) and times[0] > 0 and int(rows[-1]["flops"]) == max(int(r["flops"]) for r in rows)
+    net = models.load(str(tmp_path / "front.pt"))
+    assert net.use(latency=0.999)["latency"] <= 0.999 * times[-1] or len(rows) == 1
+    assert net.latency(1.0) > 0
+    capsys.readouterr()
+    assert train.main(["--out", str(tmp_path), "--benchmark"]) == 0
+    head, _, *lines = capsys.readouterr().out.splitlines()
+    assert head == "cpu, 1 threads, batch 2" and len(lines) == len(rows)
+    assert lines[-1].split()[0] == "100.0%" and all(float(line.split()[-1]) > 0 for line in lines)
+
+
+def test_channel_counts_in_multiples(tiny, tmp_path):
+    net = models.build("mbv2", 10, 32, divisor=8)
+    a = torch.stack([widths_for(net, s) for s in range(20)])
+    assert (net.channels(a) % 8 == 0).all() and (net.channels(a) >= 8).all()
+    assert ((net.channels(a) - a * net.channels(1.0)).abs() <= 4 + 4 * (a * net.channels(1.0) < 8)).all()
+    plain, x = net.extract(a[0]), torch.randn(1, 3, 32, 32)
+    assert net.flops(a[0]).item() == macs_by_hooks(plain, x)
+    assert all(m.out_channels % 8 == 0 for m in plain.modules() if isinstance(m, nn.Conv2d))
+    odd = models.build("resnet8", 10, 32, divisor=24)  # of which no group's channels are a multiple
+    assert odd.channels(1.0).tolist() == models.build("resnet8", 10, 32).channels(1.0).tolist()
+    assert train.main([*tiny, "--divisor", "4", "--out", str(tmp_path)]) == 0
+    net = models.load(str(tmp_path / "front.pt"))
+    for row in read_front(tmp_path):
+        net.use(flops=float(row["flops"]))
+        assert all(g.active % 4 == 0 for g in net.groups)
+        assert int(row["params"]) == sum(p.numel() for p in net.extract().parameters())
+
+
+@pytest.mark.parametrize("arch", ["mbv2", "resnet18", "resnet50"])
+def test_pretrained_weights_sorted(arch, tmp_path, capsys):
+    """The full network is torchvision's; in each group the channels that are read most come first."""
+    theirs = getattr(torchvision.models, torchvisions(arch))(num_classes=7).eval()
+    for m in theirs.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            for t in (m.running_mean, m.bias.data):
+                t.normal_(0, 0.1)
+            for t in (m.running_var, m.weight.data):
+                t.uniform_(0.8, 1.2)
+    torch.save(theirs.state_dict(), tmp_path / "weights.pth")
+    net, x = models.build(arch, 7, 64).eval(), torch.randn(2, 3, 64, 64)
+    train.load_init(net, tmp_path / "weights.pth", print)
+    torch.testing.assert_close(net(x), theirs(x), rtol=1e-4, atol=1e-5)
+    readers = {g: [m for m in net.modules() if isinstance(m, (models.Conv2d, models.Linear)) and m.reads is g
+                   and not getattr(m, "depthwise", False)] for g in net.groups}  # fmt: skip
+    for g, layers in readers.items():
+        read = sum(m.weight.abs().flatten(2).sum((0, 2)) if m.weight.ndim == 4 else m.weight.abs().sum(0) for m in layers)
+        assert (read.diff() <= 1e-3).all()
+    other = models.build(arch, 5, 64)
+    train.load_init(other, tmp_path / "weights.pth", print)
+    assert "of 7 classes, not 5: the classifier starts anew" in capsys.readouterr().out
+    torch.testing.assert_close(other.state_dict()[net.names[0] + ".weight"], net.state_dict()[net.names[0] + ".weight"])
+
+
+def test_runs_start_from_weights(finished, tiny, tmp_path, capsys):
+    """A front.pt's weights, or none that fit: of another network, damaged, missing."""
+    flags = [*tiny, "--method", "slim", "--epochs", "1", "--lr", "0"]
+    assert train.main([*flags, "--init", str(finished / "front.pt"), "--out", str(tmp_path / "new")]) == 0
+    one, two = (models.load(str(folder / "front.pt")) for folder in (finished, tmp_path / "new"))
+    x = torch.randn(3, 1, 8, 8)
+    for net in (one, two):
+        models.set_statistics(net, torch.cat([torch.full((len(m.running_mean),), v) for m in net.modules()
+                                              if isinstance(m, nn.BatchNorm2d) for v in (0.0, 1.0)]))  # fmt: skip
+    torch.testing.assert_close(one(x), two(x), rtol=1e-4, atol=1e-5)  # no step has moved it; its channels are sorted
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "other.pth")
+    (tmp_path / "garbage.pth").write_bytes(b"garbage")
+    torch.save([1, 2], tmp_path / "list.pth")
+    for name, word in (("other.pth", "not weights of this network"), ("garbage.pth", "not readable weights"),
+                       ("list.pth", "not readable weights"), ("none.pth", "not readable weights")):  # fmt: skip
+        capsys.readouterr()
+        assert train.main([*flags, "--init", str(tmp_path / name), "--out", str(tmp_path / "x")]) == 2
+        assert word in one_line(capsys) and not list((tmp_path / "x").glob("*.pt"))
 
 
 # ------------------------------------------------------------------------------ stopping, resuming
@@ -2271,12 +2485,12 @@ def test_readmes_map_names_what_exists():
         assert callable(thing), name
 
 
-def test_readmes_commands_parse():
+def test_readmes_commands_parse(finished):
     text = (ROOT / "README.md").read_text().replace("\\\n", " ")
     commands = re.findall(r"^    .*?train\.py(.*)$", text, re.M)
     assert len(commands) >= 5
     for flags in commands:
-        train.parse_args(shlex.split(flags, comments=True))
+        train.parse_args(shlex.split(flags.replace("RUN", str(finished)), comments=True))
 
 
 def test_readmes_snippets_run(tmp_path, monkeypatch):
@@ -2285,13 +2499,13 @@ def test_readmes_snippets_run(tmp_path, monkeypatch):
     flags = ["--epochs", "1", "--batch-size", "2048", "--image-size", "8", "--held-out", "64", "--front-size", "3"]
     assert train.main(["--device", "cpu", *flags]) == 0
     snippets = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-    names = {"torch": torch, "batches_of_training_images": [torch.randn(4, 3, 8, 8)]}
+    names = {}
     for code in snippets:
         exec(compile(code, "README.md", "exec"), names)
     assert len(snippets) >= 2
     plain, x = names["plain"], torch.randn(2, 3, 8, 8)
     assert plain(x).shape == (2, 20) and not {type(m) for m in plain.modules()} & {models.Slimmable, *models.LAYERS}
-    assert macs_by_hooks(plain, x[:1]) == int(names["row"]["flops"])
+    assert macs_by_hooks(plain, x[:1]) == int(names["row"]["flops"]) and names["name"] in map(str, range(20))
     own = names["net"]
     assert isinstance(own, models.Slimmable) and len(own(torch.randn(2, 3, 32, 32))) == 2
     assert [g.active for g in own.groups] != [g.max for g in own.groups]

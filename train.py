@@ -5,8 +5,10 @@
     python train.py --data cifar100 --data-dir DIR       # resnet56 on one GPU
     torchrun --nproc_per_node=8 train.py --arch mbv2 --data imagenet --data-dir DIR
     torchrun --nnodes=2 --node_rank=R --master_addr=HOST --nproc_per_node=8 train.py ...  # on each of two nodes
+    python train.py --out RUN --export 0.5               # the finished run's best network within half of the cost, as a file
 
-Written under --out: checkpoint.pt, log.jsonl, front.csv and, where matplotlib is installed, front.png.
+Written under --out: checkpoint.pt, log.jsonl, front.csv, front.pt (`models.load` reads it) and, where matplotlib is
+installed, front.png.
 
 This file in order: recipes; `train`, the loop; `find_front` and `test_front`; `main`; then what
 those need: arguments, processes, data, files, the run's state.
@@ -15,6 +17,7 @@ those need: arguments, processes, data, files, the run's state.
 import argparse
 import csv
 import hashlib
+import importlib.util
 import io
 import json
 import math
@@ -70,6 +73,7 @@ COMMON = dict(
     front_size=20,         # configurations tested, at most
     augment="none",        # of training images
     flip=False,
+    divisor=1,             # of channel counts
 )  # fmt: skip
 # The paper visits 1000 configurations: 200 epochs of 351 steps, two every 140.
 CIFAR = COMMON | dict(
@@ -186,6 +190,10 @@ def find_front(run: "Run") -> torch.Tensor:
     ranked = loss.clone()
     ranked[cost.argmax()] = -torch.inf  # the full network ends the front, whatever the noise says
     front = thin(pareto_front(ranked, cost), cost, args.front_size)
+    if args.cost == "latency":  # so far by the fit; measured, it must rise as well
+        times = world.from_first(models.time_networks(net, candidates[front], **timing(args)).median(1).values)
+        rising = pareto_front(ranked[front], times)
+        front, run.milliseconds = front[rising], times[rising]
     run.log("front", cost=cost[front].tolist(), held_out_loss=loss[front].tolist(), candidates=len(loss))
     return candidates[front]
 
@@ -193,7 +201,7 @@ def find_front(run: "Run") -> torch.Tensor:
 def search(run: "Run") -> Joslim:
     """The two-stage method's second: the same rounds with the weights frozen, as many as Joslim has."""
     sampler, (x, y) = run.joslim_sampler(), run.data.held_out(0)
-    while len(sampler.widths) < run.args.subnets * run.rounds:
+    for _ in range(run.rounds):
         new = sampler.losses.isnan().nonzero()[:, 0]  # not judged yet; the others' losses cannot have changed
         losses = evaluate(run.net, sampler.widths[new], x, y, run.args.amp)
         sampler.observe(run.world.mean(losses), new)
@@ -210,18 +218,20 @@ def thin(front: torch.Tensor, cost: torch.Tensor, size: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_front(run: "Run", front: torch.Tensor) -> list[tuple]:
-    """Test loss, top-1 and top-5 (%) of each configuration (k, d) -> the rows of front.csv.
+def test_front(run: "Run", front: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The columns of front.csv for the configurations (k, d), among them test loss, top-1 and top-5 (%); and BatchNorm's
+    statistics for each (k, s).
 
     BatchNorm is calibrated for each on training images; then each is a plain network.
     """
-    net, data = run.net, run.data
+    args, net, data = run.args, run.net, run.data
 
     def scores(some):
-        images, plain = [x for x, _ in data.batches("calibrate")], []
+        images, plain, statistics = [x for x, _ in data.batches("calibrate")], [], []
         for a in some:
             net.set_widths(a)
             calibrate_bn(net, images)
+            statistics.append(models.get_statistics(net))
             plain.append(net.extract().eval())
         total, count = torch.zeros(len(some), 3, dtype=torch.float64, device=run.world.device), 0
         for x, y in data.batches("test"):  # once for all: loading may cost more than the networks
@@ -230,12 +240,17 @@ def test_front(run: "Run", front: torch.Tensor) -> list[tuple]:
                 logits = one(x)
                 hits = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
                 row += torch.stack([F.cross_entropy(logits, y, reduction="sum"), 100 * hits[:, 0].sum(), 100 * hits.sum()])
-        return total / max(count, 1)
+        return torch.cat([total / count, torch.stack(statistics)], 1)
 
     run.say(f"testing {len(front)} configurations of the front")
-    tested = run.world.map(scores, front, columns=3).tolist()  # processes share out the configurations
-    costs = zip(*(getattr(net, cost)(front).tolist() for cost in COSTS))
-    return [(*map(int, cost), *row, a) for cost, row, a in zip(costs, tested, front.tolist())]
+    size = len(models.get_statistics(net))
+    loss, top1, top5, statistics = run.world.map(scores, front, columns=3 + size).split([1, 1, 1, size], 1)
+    columns = {cost: getattr(net, cost)(front) for cost in COSTS}
+    if args.cost == "latency":
+        columns["latency"] = run.milliseconds
+    error = (top1 * (100 - top1) / len(data.test_set)).sqrt()  # of a share of so many images
+    columns |= {"loss": loss[:, 0], "top1": top1[:, 0], "top1_error": error[:, 0], "top5": top5[:, 0]}
+    return columns | {"widths": front, "statistics": statistics.float()}
 
 
 # ------------------------------------------------------------------------------ from start to end
@@ -249,15 +264,19 @@ def main(argv: list[str] | None = None) -> int:
         try:
             args = parse_args(argv)
             world.meet(args.device)
+            if args.export is not None or args.benchmark:
+                if world.rank == 0:
+                    (export if args.export is not None else benchmark)(args, world)
+                return 0
             with run_folder(args, world) as log_file:
                 run = Run(args, world, log_file, argv)
                 with world.finishing_steps():
                     train(run)
                 with run.searching():
                     front = find_front(run)
-                rows = test_front(run, front)
+                columns = test_front(run, front)
                 run.require_agreement()
-                run.report(rows)
+                run.report(columns)
             return 0
         except (Exception, KeyboardInterrupt) as e:
             world.finishing = True  # another signal changes nothing
@@ -359,9 +378,10 @@ def end_workers(others):
 
 # ------------------------------------------------------------------------------ arguments
 
-COSTS = "flops", "params", "memory"
+COSTS = "flops", "params", "memory"  # and latency, which is measured
 # Flags that may change between a run and its continuation: they decide where and how fast, not what.
-FREE = {"out", "resume", "search", "device", "data_dir", "workers", "save_minutes", "log_seconds", "download"}
+FREE = {"out", "resume", "search", "device", "data_dir", "workers", "save_minutes", "log_seconds", "download", "export",
+        "benchmark"}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -423,9 +443,12 @@ def parse_args(argv=None):
     g.add_argument("--arch", choices=models.ARCHS, help="network (default: the first recipe's of the data set)")
     g.add_argument("--method", choices=["joslim", "slim", "twostage"],
                    help="widths from Bayesian optimisation, uniform, or random and searched afterwards (default: joslim)")
-    g.add_argument("--cost", default="flops", choices=COSTS, help="what a budget limits (default: %(default)s)")
+    g.add_argument("--cost", default="flops", choices=[*COSTS, "latency"],
+                   help="what a budget limits; latency is measured here and now (default: %(default)s)")
     g.add_argument("--search", type=folder, metavar="RUN",
-                   help="do not train: search that run's finished weights, as twostage does its own")
+                   help="do not train: search that run's finished weights, as twostage does its own; RUN's settings are the defaults")
+    g.add_argument("--init", type=folder, metavar="FILE",
+                   help="start from torchvision's weights, or a front.pt's; each group's channels sorted by importance")
     g.add_argument("--seed", type=whole(0), default=0,
                    help="of weights, split, data order, widths (default: %(default)s)")
 
@@ -443,6 +466,7 @@ def parse_args(argv=None):
 
     g = p.add_argument_group("widths")
     g.add_argument("--lower", type=multiplier, metavar="W0", help="smallest width")
+    g.add_argument("--divisor", type=whole(1), metavar="N", help="channel counts are multiples of N: 8 suits most processors")
     g.add_argument("--subnets", type=whole(1), metavar="M", help="sub-networks a step, and configurations a round")
     g.add_argument("--tau", type=whole(1), help="steps between rounds")
     g.add_argument("--fresh-widths", action=argparse.BooleanOptionalAction, default=False,
@@ -468,14 +492,28 @@ def parse_args(argv=None):
     g.add_argument("--log-seconds", type=amount, default=10.0, metavar="T",
                    help="between progress lines (default: %(default)s)")
 
+    g = p.add_argument_group("a finished run, put to use")
+    g.add_argument("--export", type=amount, metavar="BUDGET",
+                   help="write the best network in --out within BUDGET (of its cost: a ratio up to 1, or the cost) as .pt2, and as "
+                        ".onnx where onnxscript and onnxruntime are installed")
+    g.add_argument("--benchmark", action="store_true", help="print the latency of the front in --out on this machine")
+    g.add_argument("--threads", type=whole(1), metavar="N", help="of a CPU, for latencies (default: torch's)")
+    g.add_argument("--latency-batch", type=whole(1), default=1, metavar="IMAGES", help="for latencies (default: %(default)s)")
+
     args = p.parse_args(argv)
+    if args.search and args.method not in (None, "twostage"):
+        p.error(f"--search: searches as --method twostage does, not {args.method}")
+    finished = args.search or (args.out if args.benchmark or args.export is not None else None)
+    if finished:  # its settings are the defaults
+        state = read_finished(finished)
+        known = {k: v for k, v in state["settings"].items() if not (args.search and k in ("cost", "method", "trained_as"))}
+        p.set_defaults(data_dir=state["data_dir"] and Path(state["data_dir"]), **known)
+        args = p.parse_args(argv)
     first = next(key for key in RECIPES if key[0] == args.data)
     args.arch = args.arch or first[1]
     for name, value in RECIPES.get((args.data, args.arch), RECIPES[first]).items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    if args.search and args.method not in (None, "twostage"):
-        p.error(f"--search: searches as --method twostage does, not {args.method}")
     args.method = args.method or ("twostage" if args.search else "joslim")
     if args.data != "synthetic" and args.data_dir is None:
         p.error(f"--data-dir: --data {args.data} needs it, the folder that holds its files")
@@ -632,8 +670,9 @@ class World:
 
     def map(self, fn, items, columns):
         """fn(items) -> (len(items), columns) float64, each process doing its share of the items; the whole on all."""
-        rows = torch.zeros(len(items), columns, dtype=torch.float64, device=self.device)
-        rows[self.rank :: self.size] = fn(items[self.rank :: self.size]).to(rows)
+        rows, mine = torch.zeros(len(items), columns, dtype=torch.float64, device=self.device), items[self.rank :: self.size]
+        if len(mine):
+            rows[self.rank :: self.size] = fn(mine).to(rows)
         return self.mean(rows).cpu() * self.size
 
     def wait(self):
@@ -1120,7 +1159,7 @@ def as_flag(name, value):
 
 def settings(args):
     """The settings that decide a run's numbers, as plain values."""
-    return {k: v for k, v in sorted(vars(args).items()) if k not in FREE}
+    return {k: str(v) if isinstance(v, Path) else v for k, v in sorted(vars(args).items()) if k not in FREE}
 
 
 def read_checkpoint(path):
@@ -1170,21 +1209,43 @@ def load_checkpoint(args):
     return None
 
 
+def read_finished(folder):
+    """The checkpoint of a run that has finished."""
+    try:
+        state = read_checkpoint(folder / "checkpoint.pt")
+    except ValueError as e:
+        raise UserError(str(e)) from None
+    if state["step"] < state["steps"]:  # finished weights are what a two-stage method searches
+        raise UserError(f"{folder}: its run is at step {state['step']} of {state['steps']}; finish that first (--resume)")
+    return state
+
+
 def load_finished(args):
     """The checkpoint of the run that --search names; its training must have left out the same held-out images."""
-    path = args.search / "checkpoint.pt"
-    try:
-        state = read_checkpoint(path)
-    except ValueError as e:
-        raise UserError(f"--search: {e}") from None
-    for name in ("data", "seed", "held_out", "arch", "image_size"):
+    state = read_finished(args.search)
+    for name in ("data", "seed", "held_out", "arch", "image_size", "divisor"):
         mine, theirs = getattr(args, name), state["settings"].get(name)
         if mine != theirs:
             raise UserError(f"--search {args.search}: trained with --{name.replace('_', '-')} {theirs}, not {mine}")
-    if state["step"] < state["steps"]:  # finished weights are what a two-stage method searches
-        raise UserError(f"--search {args.search}: its run is at step {state['step']} of {state['steps']}; "
-                        "finish that first (--resume)")  # fmt: skip
     return state
+
+
+def load_init(net, path, say):
+    """Loads torchvision's weights, or those of a front.pt, and sorts channels. Another number of classes: a new classifier."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state, mine = state.get("model", state), net.state_dict()
+    except Exception as e:  # a damaged file makes its readers raise nearly anything
+        raise UserError(f"--init: {path}: not readable weights ({type(e).__name__}: {first_line(e)})") from None
+    odd = [name for name in mine.keys() ^ state.keys() if not name.endswith("num_batches_tracked")]
+    wrong = [name for name in mine.keys() & state.keys() if mine[name].shape != state[name].shape]
+    last = [f"{name}.{p}" for name, m in net.named_modules() if isinstance(m, models.Linear) for p in ("weight", "bias")][-2:]
+    if odd or not set(wrong) <= set(last):
+        raise UserError(f"--init: {path}: not weights of this network ({sorted([*odd, *wrong])[0]} differs)")
+    net.load_state_dict({k: v for k, v in state.items() if k not in wrong}, strict=False)
+    models.sort_channels(net)
+    if wrong:
+        say(f"{path}: of {state[last[1]].numel()} classes, not {mine[last[1]].numel()}: the classifier starts anew")
 
 
 # ------------------------------------------------------------------------------ the run's state
@@ -1208,9 +1269,10 @@ class Run:
         state = world.from_first(load_checkpoint(args) if args.resume and world.rank == 0 else None)
         self.data = Data(args, world)
 
+        self.step, self.steps = 0, self.data.steps * args.epochs
         torch.manual_seed(args.seed)
         self.network = dict(arch=args.arch, num_classes=len(self.data.about["classes"]), image_size=args.image_size,
-                            in_channels=self.data.channels)  # fmt: skip
+                            in_channels=self.data.channels, divisor=args.divisor)  # fmt: skip
         for folder, other in ((args.out, state), (args.search, finished)):
             if other and other["network"] != self.network:
                 raise UserError(f"{folder / 'checkpoint.pt'}: its network has {other['network']}, these data need "
@@ -1219,13 +1281,18 @@ class Run:
                 raise UserError(f"{folder / 'checkpoint.pt'}: that run had other images than {args.data_dir} has now; give it "
                                 "those, or start anew")  # fmt: skip
         self.net = models.build(**self.network)
+        if args.init and not state:
+            load_init(self.net, args.init, self.say)
         self.net.to(world.device, memory_format=torch.channels_last).train()  # the faster layout on GPU and CPU alike
+        if args.cost == "latency":
+            if not state and world.rank == 0:
+                self.measure_latency()
+            self.net.latency_table = state["latency"] if state else world.from_first(self.net.latency_table)
         self.optimizer = make_optimizer(self.net, args)
         self.full = getattr(self.net, args.cost)(1.0).item()
         kind = {"slim": UniformWidths, "twostage": RandomWidths}.get(args.method)
         self.sampler = kind(self.net.num_widths, args.lower, args.seed) if kind else self.joslim_sampler()
         self.proposals = torch.empty(0, self.net.num_widths, dtype=torch.float64)
-        self.step, self.steps = 0, self.data.steps * args.epochs
         self.rounds = math.ceil(self.steps / args.tau)
         self.seconds = {"total": 0.0, "search": 0.0, "loading": 0.0}
         if state:
@@ -1250,6 +1317,14 @@ class Run:
         """Cost as a ratio to the full network's: a (..., d) -> (...,)."""
         return getattr(self.net, self.args.cost)(a, relaxed=relaxed) / self.full
 
+    def measure_latency(self):
+        """Times some networks on this machine, for the formula that the search takes as the cost."""
+        self.say("latency: timing 80 networks")
+        widths, times, off = models.measure_latency(self.net, self.args.lower, seed=self.args.seed, **timing(self.args))
+        self.say(f"latency: {times.min():.2f} to {times.max():.2f} ms; the formula is off by {off.median():.1%} (median), "
+                 f"{off.max():.1%} (worst) for networks that it was not fitted to")  # fmt: skip
+        self.log("latency", widths=widths.tolist(), milliseconds=times.tolist(), unseen_errors=off.tolist())
+
     def joslim_sampler(self):
         args = self.args
         # A round judges on few images: 0.7 of the former loss averages their noise out while the weights move slowly.
@@ -1267,6 +1342,7 @@ class Run:
                 "step": self.step, "steps": self.steps, "seconds": self.seconds,
                 "model": self.net.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "sampler": self.sampler.state_dict(), "proposals": self.proposals,
+                "latency": self.net.latency_table, "data_dir": self.args.data_dir and str(self.args.data_dir.absolute()),
             }  # fmt: skip
             raw = io.BytesIO()  # torch.save reports a full disk in many ways, a plain write in one
             torch.save(tree_map_only(torch.Tensor, torch.Tensor.cpu, state), raw)  # a machine without a GPU reads it, too
@@ -1394,44 +1470,126 @@ class Run:
                 raise RuntimeError(f"process {self.world.rank} has other weights or another history than the rest")
             self.say(f"{self.world.size} processes agree: weights and history have sha256 {digest[:16]}...")
 
-    def report(self, rows):
-        """Writes front.csv and front.png; prints the table."""
-        args, share = self.args, self.seconds["search"] / self.clock()
+    def report(self, columns):
+        """Writes front.csv, front.pt and front.png; prints the table."""
+        args, share, statistics = self.args, self.seconds["search"] / self.clock(), columns.pop("statistics")
         self.log("done", seconds=self.seconds["total"], search_share=share)
         if self.world.rank:
             return
         with atomic_write(args.out / "front.csv", "w") as f:
             table = csv.writer(f, lineterminator="\n")
-            table.writerow([*COSTS, "loss", "top1", "top5", "widths"])
-            for *values, a in rows:
-                table.writerow([*values, " ".join(f"{w:.6g}" for w in a)])
-        full = [getattr(self.net, c)(1.0).item() for c in COSTS]
-        tell("\n   MFLOPs        %   params M        %  memory MB        %    loss   top-1   top-5")
-        for flops, params, memory, loss, top1, top5, _ in rows:
-            cells = zip((flops, params, memory), full, (9, 11, 11))
-            tell("".join(f"{v / 1e6:{width}.3f} {v / whole:8.1%}" for v, whole, width in cells)
-                 + f" {loss:7.4f} {top1:7.2f} {top5:7.2f}")  # fmt: skip
-        picture = draw_front(args, rows, full[COSTS.index(args.cost)])
+            table.writerow(columns)
+            for *values, a in zip(*(column.tolist() for column in columns.values())):
+                exact = [int(v) if name in COSTS else v for name, v in zip(columns, values)]
+                table.writerow([*exact, " ".join(map(repr, a))])
+        weights = {k: v.cpu() for k, v in self.net.state_dict().items()}
+        deployed = {"format": 1, "network": self.network, "model": weights, "front": columns, "statistics": statistics,
+                    "cost": args.cost, "latency": self.net.latency_table, "data": self.data.about}  # fmt: skip
+        with atomic_write(args.out / "front.pt") as f:
+            torch.save(deployed, f)
+        shown = {name: columns[name] for name in columns if name in UNITS}
+        tell("\n" + "".join(f"{UNITS[name][0]:>11}        %" for name in shown) + "    loss   top-1          top-5")
+        for i in range(len(columns["top1"])):
+            cells = (f"{v[i] / UNITS[name][1]:11.3f} {v[i] / v.max():8.1%}" for name, v in shown.items())
+            loss, top1, error, top5 = (columns[name][i] for name in ("loss", "top1", "top1_error", "top5"))
+            tell("".join(cells) + f" {loss:7.4f} {top1:7.2f} ± {error:4.2f} {top5:7.2f}")
+        picture = draw_front(args, columns)
         total = timedelta(seconds=round(self.seconds["total"]))
         tell(f"{total} in all, {share:.1%} of it for the width search; see {args.out}/ for checkpoint.pt, log.jsonl, "
-             f"front.csv{' and front.png' if picture else ''}")  # fmt: skip
+             f"front.csv, front.pt{' and front.png' if picture else ''}")  # fmt: skip
 
 
-def draw_front(args, rows, full):
-    """front.png: top-1 against cost. False where matplotlib is not installed."""
+def timing(args):
+    return dict(batch=args.latency_batch, threads=args.threads)
+
+
+UNITS = {"flops": ("MFLOPs", 1e6), "params": ("params M", 1e6), "memory": ("memory MB", 1e6), "latency": ("latency ms", 1)}
+
+
+def draw_front(args, columns):
+    """front.png: top-1, with its standard error, against cost. False where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    column = COSTS.index(args.cost)
+    cost = columns[args.cost]
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axes = figure.add_subplot(xlabel=f"{args.cost} (% of the full network)", ylabel="test top-1 (%)")
-    axes.plot([100 * r[column] / full for r in rows], [r[4] for r in rows], "o-")
+    axes.errorbar(100 * cost / cost.max(), columns["top1"], columns["top1_error"], fmt="o-", capsize=2)
     axes.set_title(f"{args.arch} on {args.data}, {args.method}")
     axes.grid(alpha=0.3)
     with atomic_write(args.out / "front.png") as f:
         figure.savefig(f, dpi=150, format="png")
     return True
+
+
+# ------------------------------------------------------------------------------ a finished run's front, put to use
+
+
+def load_front(args, world):
+    try:
+        return models.load(args.out / "front.pt", world.device)
+    except FileNotFoundError:
+        raise UserError(f"{args.out / 'front.pt'}: missing; a run writes it when it has finished") from None
+    except Exception as e:  # a damaged file makes its readers raise nearly anything
+        raise UserError(f"{args.out / 'front.pt'}: not a readable front ({type(e).__name__}: {first_line(e)})") from None
+
+
+def benchmark(args, world):
+    """--benchmark: latency, and peak memory, of RUN's front as extracted networks on this device."""
+    net = load_front(args, world)
+    widths = net.front["widths"]
+    times = models.time_networks(net, widths, **timing(args))
+    tell(f"{world.device}, {args.threads or torch.get_num_threads()} threads, batch {args.latency_batch}\n"
+         f"  {args.cost:>8}  top-1  median ms  (quartiles)       of full  peak MB")  # fmt: skip
+    quartiles = times.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64), 1)
+    for i, (a, low, middle, high) in enumerate(zip(widths, *quartiles)):
+        peak = net.memory(a).item()
+        if world.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            models.time_forward(net.extract(a).eval(), torch.randn(args.latency_batch, *net.image, device=world.device), 1)
+            peak = torch.cuda.max_memory_allocated()
+        tell(f"  {net.front[args.cost][i] / net.front[args.cost].max():8.1%} {net.front['top1'][i]:6.2f} {middle:10.2f}  "
+             f"({low:.2f} to {high:.2f}) {middle / quartiles[1, -1]:9.1%} {peak / 1e6:8.2f}")  # fmt: skip
+
+
+def export(args, world):
+    """--export: the best network within a budget, as a file that runs without this project; loaded again and compared."""
+    net = load_front(args, world).cpu()
+    try:
+        row = net.use(**{args.cost: args.export})
+    except ValueError as e:
+        raise UserError(f"--export: {e}") from None
+    plain, data = net.extract().eval(), Data(args, world)
+    if data.about["digest"] != net.data["digest"]:
+        raise UserError(f"--data-dir: {args.data_dir} has other images than the run had")
+    stem, example = f"{args.cost}-{args.export:.2f}", (torch.randn(2, *net.image),)
+    program = torch.export.export(plain, example, dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    torch.export.save(program, raw := io.BytesIO())
+    written = {args.out / f"{stem}.pt2": (raw.getvalue(), lambda path: torch.export.load(path).module())}
+    if importlib.util.find_spec("onnxscript") and importlib.util.find_spec("onnxruntime"):
+        import onnxruntime
+
+        def load_onnx(path):
+            session = onnxruntime.InferenceSession(path)
+            return lambda x: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+        onnx = torch.onnx.export(program, dynamo=True, verbose=False).model_proto
+        written[args.out / f"{stem}.onnx"] = onnx.SerializeToString(), load_onnx
+    x, _ = next(iter(data.batches("test")))
+    x = x.cpu()
+    for path, (content, load) in written.items():
+        with atomic_write(path) as f:
+            f.write(content)
+        again = load(path)
+        with torch.no_grad():
+            apart = (again(x) - plain(x)).abs().max().item()
+            right = sum((again(x.cpu()).argmax(1) == y.cpu()).sum().item() for x, y in data.batches("test"))
+        tell(f"{path}: {len(content) / 1e6:.2f} MB, {models.time_forward(again, x[:1]).median():.2f} ms an image, test top-1 "
+             f"{100 * right / len(data.test_set):.2f} % (front.csv {row['top1']:.2f}); its outputs differ from the network's "
+             f"by up to {apart:.1g}")  # fmt: skip
+        if not apart < 1e-3:
+            raise Failed(f"{path}: does not give what the network gives")
 
 
 if __name__ == "__main__":

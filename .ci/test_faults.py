@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from test_joslim import await_line, finish, launch, read_state, same_run, start, stop_by_sigterm, tiny  # noqa: E402, F401
+from test_joslim import (  # noqa: E402, F401
+    SMALL, Forked, await_line, finish, in_session, launch, read_state, same_run, start, stopped, tiny, two, write_data,
+)  # fmt: skip
 
 
 def family(pid):
@@ -23,10 +25,48 @@ def family(pid):
     return [pid, *(p for c in children for p in family(int(c)))]
 
 
-def test_sigterm_of_two_processes(tiny, tmp_path):  # noqa: F811
-    code, err = stop_by_sigterm(2, tiny, tmp_path / "a b")
-    assert code != 0  # torchrun's, and it adds a traceback of its own
-    print(next(line for line in err.splitlines() if line.startswith("train.py: ")))
+def test_sigterm_of_torchrun(tiny, tmp_path):  # noqa: F811
+    run = start([*launch(2), *tiny, "--epochs", "4000", "--out", str(tmp_path / "a b")])
+    await_line(run, "epoch")
+    for pid in family(run.pid):  # all of them, as a cluster does
+        os.kill(pid, signal.SIGTERM)
+    _, err = run.communicate(timeout=60)
+    (line,) = [line for line in err.splitlines() if line.startswith("train.py: ")]  # torchrun adds words of its own
+    stopped(tmp_path / "a b", line)
+    print(line)
+
+
+def test_the_second_of_two_processes_is_stopped_first_20_times(tiny, tmp_path):  # noqa: F811
+    pauses = random.Random(0)
+    for k in range(20):
+        runs = two([*tiny, "--epochs", "4000", "--out", str(tmp_path / str(k))])
+        runs[0].await_line("epoch")
+        os.kill(runs[1].pid, signal.SIGTERM)
+        if k % 2:  # the first as well, a little later, if it is still there
+            time.sleep(pauses.uniform(0, 0.3))
+            if runs[0].process.is_alive():
+                os.kill(runs[0].pid, signal.SIGTERM)
+        codes, errs = zip(*(run.finish(20) for run in runs))
+        assert codes == (143, 143) and "".join(errs).count("\n") == 1, (codes, errs)
+        stopped(tmp_path / str(k), "".join(errs))
+    print("20 of 20")
+
+
+def test_signals_to_the_group_with_loading_processes_20_times(tmp_path):
+    root = write_data("imagenet", tmp_path / "data")
+    flags = [*SMALL, "--data", "imagenet", "--data-dir", str(root), "--arch", "resnet8", "--image-size", "16",
+             "--workers", "2", "--log-seconds", "0", "--epochs", "4000"]  # fmt: skip
+    pauses = random.Random(0)
+    for k in range(20):
+        run = Forked([*flags, "--out", str(tmp_path / str(k))])
+        run.await_line("epoch")
+        time.sleep(pauses.uniform(0, 0.5))
+        number = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)[k % 3]
+        os.killpg(run.pid, number)
+        code, err = run.finish(20)
+        assert code == 128 + number and err.count("\n") == 1 and not in_session(run.pid), (code, err)
+        stopped(tmp_path / str(k), err)
+    print("20 of 20")
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -1,0 +1,50 @@
+#!/usr/bin/env python3
+"""What do channel counts in multiples of 8 gain in latency, and cost in accuracy?
+
+    python .github/experiments/divisor.py                  # two to ten minutes; nothing else may run meanwhile
+    python .github/experiments/divisor.py --train 0 1 2    # and the synthetic default with and without, a minute or two a run
+
+Latency: 40 random configurations of resnet20 (32 x 32) and mbv2 (224 x 224), batch 1, one thread, extracted with and without
+the divisor, taking turns. Accuracy: the default run of these seeds; runs go to runs/divisor/, figures to results/divisor/.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import runs
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import models  # noqa: E402
+
+ROOT = Path("runs", "divisor")
+
+
+def latency(arch, size):
+    torch.manual_seed(0)
+    nets = [models.build(arch, 10, size, divisor=d) for d in (1, 8)]
+    a = 0.42 + 0.58 * torch.rand(40, nets[0].num_widths, dtype=torch.float64)
+    times = torch.stack([torch.stack([models.time_networks(net, w[None], threads=1).median() for net in nets]) for w in a])
+    faster = 1 - times[:, 1] / times[:, 0]
+    flops = nets[1].flops(a) / nets[0].flops(a) - 1
+    print(f"{arch}: {times[:, 0].mean():.2f} ms, in multiples of 8 {times[:, 1].mean():.2f} ms: {faster.mean():.1%} less "
+          f"({faster.min():.1%} to {faster.max():.1%}), at {flops.mean():+.1%} of the FLOPs")  # fmt: skip
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--train", type=int, nargs="*", default=[], metavar="SEED")
+    p.add_argument("--at-once", type=int, default=2)
+    args = p.parse_args()
+    if not args.train:
+        latency("resnet20", 32)
+        latency("mbv2", 224)
+    else:
+        jobs = [(f"by{d}-{seed}", ["--divisor", d, "--seed", seed]) for seed in args.train for d in (1, 8)]
+        runs.queue(jobs, ROOT, args.at_once)
+        kept = dict(zip([name for name, _ in jobs], runs.keep(ROOT, [name for name, _ in jobs], "divisor")))
+        for seed in args.train:
+            one, eight = (runs.read_run(kept[f"by{d}-{seed}"])[1] for d in (1, 8))
+            print(f"seed {seed}: mean top-1 over the front {one['top1'].mean():.2f}, in multiples of 8 {eight['top1'].mean():.2f}; "
+                  f"full {one['top1'][-1]:.2f}, {eight['top1'][-1]:.2f}; smallest {one['top1'][0]:.2f}, {eight['top1'][0]:.2f}")
