@@ -303,7 +303,7 @@ class Slimmable(nn.Sequential):
     def extract(self, a: Tensor | float | None = None) -> nn.Sequential:
         """A plain network (nn.Conv2d, nn.BatchNorm2d, nn.Linear) with copies of the weights used at `a`.
 
-        None means the widths now set, which this call leaves as they were. Running statistics come
+        None means the widths now set, which this call leaves as they were. The memory format is kept. Running statistics come
         along; they fit only the configuration that BatchNorm was last calibrated for.
         """
         before = [g.active for g in self.groups]
@@ -349,6 +349,8 @@ def _plain(layer):
     for p in layer.parameters():
         plain.to(p.device, p.dtype).requires_grad_(p.requires_grad)
     plain.load_state_dict(cut)
+    if any(p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last) for p in layer.parameters()):
+        plain.to(memory_format=torch.channels_last)
     return plain
 
 
@@ -379,7 +381,7 @@ def load(path: str, device: torch.device | str = "cpu") -> Slimmable:
     net.load_state_dict(state["model"])
     net.front, net.statistics, net.data = state["front"], state["statistics"].to(device), state["data"]
     net.latency_table = state["latency"]
-    net.to(device)
+    net.to(device, memory_format=torch.channels_last)  # the faster layout on GPU and CPU alike
     net.use(**{state["cost"]: 1.0})
     return net
 
@@ -422,7 +424,7 @@ def _with_one(c):
 
 
 @torch.inference_mode()
-def time_forward(net: nn.Module, x: Tensor, runs: int = 10) -> Tensor:
+def time_forward(net: nn.Module, x: Tensor, runs: int = 5) -> Tensor:
     """Milliseconds of `runs` forward passes of batch x, one by one, after two that are not counted."""
     times = []
     for _ in range(runs + 2):
@@ -438,11 +440,12 @@ def time_networks(net: Slimmable, widths: Tensor, batch: int = 1, threads: int |
     """Milliseconds (k, 30) of forward passes of the networks extracted at widths (k, d), on net's device.
 
     They take turns, so that whatever else the machine does meets all alike. `threads` of a CPU: None means torch's.
+    The least of a network's times is what it takes where nothing else runs, and repeats best.
     """
     x, before = torch.randn(batch, *net.image, device=next(net.parameters()).device), torch.get_num_threads()
     networks = [net.extract(a).eval() for a in widths]
     torch.set_num_threads(threads or before)
-    times = torch.cat([torch.stack([time_forward(one, x) for one in networks]) for _ in range(3)], 1)
+    times = torch.cat([torch.stack([time_forward(one, x) for one in networks]) for _ in range(6)], 1)
     torch.set_num_threads(before)
     return times
 
@@ -450,15 +453,15 @@ def time_networks(net: Slimmable, widths: Tensor, batch: int = 1, threads: int |
 def measure_latency(net: Slimmable, lower: float, count: int = 80, seed: int = 0, **how) -> tuple[Tensor, Tensor, Tensor]:
     """Times `count` configurations with widths from `lower` up, some of them uniform, and fits `net.latency` to them.
 
-    how: as for `time_networks`. Returns their widths (count, d), median milliseconds (count,), and the relative errors
-    of a fit to three quarters of them for the others, which it has not seen.
+    how: as for `time_networks`. Returns their widths (count, d), milliseconds (count,), and the relative errors of a fit
+    to three quarters of them for the others, which it has not seen.
     """
     g = torch.Generator().manual_seed(seed)
     middle, apart = (torch.rand(count, d, generator=g, dtype=torch.float64) for d in (1, net.num_widths))
     apart[::8] = 0.5
     widths = (lower + (1 - lower) * (middle + apart - 0.5)).clamp(lower, 1)
     widths[0], widths[1] = lower, 1
-    times, unseen = time_networks(net, widths, **how).median(1).values, torch.arange(count) % 4 == 3
+    times, unseen = time_networks(net, widths, **how).amin(1), torch.arange(count) % 4 == 3
     net.fit_latency(widths[~unseen], times[~unseen])
     errors = (net.latency(widths[unseen]) / times[unseen] - 1).abs()
     net.fit_latency(widths, times)

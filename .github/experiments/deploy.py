@@ -43,7 +43,7 @@ for i in range(100):
 print(f"mbv2, {k} configurations: front.pt {front:.1f} MB, one network {one:.1f} MB; a switch takes {statistics.median(times):.1f} ms")
 
 for arch, size, divisor in (("resnet20", 32, 1), ("resnet20", 32, 8), ("mbv2", 224, 1), ("mbv2", 224, 8)):
-    net = models.build(arch, 10, size, divisor=divisor)
+    net = models.build(arch, 10, size, divisor=divisor).to(memory_format=torch.channels_last)
     for seed in range(3):
         _, times, errors = models.measure_latency(net, 0.42, seed=seed, threads=1)
         print(f"{arch}, divisor {divisor}, seed {seed}: {times.min():.2f} to {times.max():.2f} ms; off for unseen networks by "

@@ -23,9 +23,9 @@ ROOT = Path("runs", "divisor")
 
 def latency(arch, size):
     torch.manual_seed(0)
-    nets = [models.build(arch, 10, size, divisor=d) for d in (1, 8)]
+    nets = [models.build(arch, 10, size, divisor=d).to(memory_format=torch.channels_last) for d in (1, 8)]
     a = 0.42 + 0.58 * torch.rand(40, nets[0].num_widths, dtype=torch.float64)
-    times = torch.stack([torch.stack([models.time_networks(net, w[None], threads=1).median() for net in nets]) for w in a])
+    times = torch.stack([torch.stack([models.time_networks(net, w[None], threads=1).min() for net in nets]) for w in a])
     faster = 1 - times[:, 1] / times[:, 0]
     flops = nets[1].flops(a) / nets[0].flops(a) - 1
     print(f"{arch}: {times[:, 0].mean():.2f} ms, in multiples of 8 {times[:, 1].mean():.2f} ms: {faster.mean():.1%} less "
