@@ -336,7 +336,9 @@ def _require_images(net, x, amp=False):
 def _require_batch(net, x, y, amp):
     _require_images(net, x, amp)
     fits = y.shape == x.shape[:1] and y.dtype == torch.int64 and y.device == x.device
-    require(fits, f"y: expected class indices ({len(x)},), int64, on {x.device}; got {tuple(y.shape)}, {y.dtype}, on {y.device}")
+    require(
+        fits, f"y: expected class indices ({len(x)},), int64, on {x.device}; got {tuple(y.shape)}, {y.dtype}, on {y.device}"
+    )
 
 
 @contextmanager

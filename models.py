@@ -196,8 +196,8 @@ class Slimmable(nn.Sequential):
         groups: the width groups that are slimmed, in the order of `named_modules()`; a[i] sets `groups[i]`.
         names: for each group, the first layer that writes it.
         num_widths: d, the length of a configuration.
-        front: of a network that `load` returned, {"flops": (k,), "params": ..., "top1": ..., "widths": (k, d)}, by rising cost.
-    Raises ValueError, with the layer's name, for a network whose costs cannot be told from its layers: see `_require_wiring`.
+        front: of a network that `load` returned, {"flops": (k,), ..., "top1": (k,), "widths": (k, d)}, by rising cost.
+    Raises ValueError, with the layer's name, where costs cannot be told from the layers: see `_require_wiring`.
     """
 
     front = statistics = None
@@ -303,8 +303,8 @@ class Slimmable(nn.Sequential):
     def extract(self, a: Tensor | float | None = None) -> nn.Sequential:
         """A plain network (nn.Conv2d, nn.BatchNorm2d, nn.Linear) with copies of the weights used at `a`.
 
-        None means the widths now set, which this call leaves as they were. The memory format is kept. Running statistics come
-        along; they fit only the configuration that BatchNorm was last calibrated for.
+        None means the widths now set, which this call leaves as they were. The memory format is kept.
+        Running statistics come along; they fit only the configuration that BatchNorm was last calibrated for.
         """
         before = [g.active for g in self.groups]
         try:
@@ -387,7 +387,9 @@ def load(path: str, device: torch.device | str = "cpu") -> Slimmable:
 
 
 def sort_channels(net: Slimmable) -> None:
-    """Permutes each group's channels by falling importance: the first are those worth keeping. The full network stays the same.
+    """Permutes each group's channels by falling importance: the first are those worth keeping.
+
+    The full network's outputs stay the same.
 
     A channel's importance is the sum of the absolute weights that read it. Groups that a parameter-free shortcut
     joins stay as they are: their channels must go on meeting.
@@ -541,7 +543,9 @@ class _Trace(TorchDispatchMode):
         if read and all(self.storage(t) in self.weights for t in read):
             self.weights |= {self.storage(t) for t in made}  # a cut weight is one
         # Statistics are vectors and pooling's indices integers: neither is an activation.
-        activations = [t for t in read + made if t.ndim > 1 and t.is_floating_point() and self.storage(t) not in self.weights]
+        activations = [
+            t for t in read + made if t.ndim > 1 and t.is_floating_point() and self.storage(t) not in self.weights
+        ]
         carried = [self.lives.get(self.storage(t), [None])[0] for t in activations if t not in set(made)]
         joins = op is torch.ops.aten.cat.default and None not in carried and (args[1:] or (0,))[0] == 1
         for t in activations:  # an output has its input's channels (a pooling's, say), unless a layer knows better
@@ -552,7 +556,7 @@ class _Trace(TorchDispatchMode):
 
 
 def _count(net, group):
-    """The group's channels as a vector v: v' (c, 1). Fixed ones are a multiple of the 1, a concatenation is its parts' sum."""
+    """The group's channels as a vector v: v' (c, 1). Fixed ones are a multiple of the 1, a concatenation its parts' sum."""
     v = torch.zeros(net.num_widths + 1, dtype=torch.float64)
     for g in group.parts if isinstance(group, Concatenation) else [group]:
         place, factor = (net.groups.index(g), 1) if g in net.groups else (net.num_widths, g.max if g else 1)

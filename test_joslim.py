@@ -1098,7 +1098,9 @@ def test_arrays_are_read_as_written(kind, make_data):
     assert torch.equal(x, noise(n, *shape)) and torch.equal(test_x, noise(20, *shape))
     assert y.tolist() == [i % labels for i in range(n)] and test_y.tolist() == [i % labels for i in range(20)]
     assert len(names) == (100 if kind == "cifar100" else labels)
-    assert names[9] == {"cifar10": "a9", "cifar100": "b9", "fashion-mnist": "Ankle boot", "emnist": "9", "kmnist": "wo"}[kind]
+    assert (
+        names[9] == {"cifar10": "a9", "cifar100": "b9", "fashion-mnist": "Ankle boot", "emnist": "9", "kmnist": "wo"}[kind]
+    )
 
 
 def test_batches_depend_on_seed_epoch_and_image_alone(make_data):
@@ -1669,7 +1671,9 @@ def test_front_pt_is_front_csv(finished, tiny):
 
 def test_front_pt_needs_models_and_torch_alone(finished, tmp_path):
     shutil.copy(ROOT / "models.py", tmp_path)
-    code = "import sys, models; net = models.load(sys.argv[1]); print(net.use(flops=0.9)['top1'], 'torchvision' in sys.modules)"
+    code = (
+        "import sys, models; net = models.load(sys.argv[1]); print(net.use(flops=0.9)['top1'], 'torchvision' in sys.modules)"
+    )
     command = [sys.executable, "-c", code, str(finished / "front.pt")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     top1 = [r["top1"] for r in read_front(finished) if int(r["flops"]) <= 0.9 * int(read_front(finished)[-1]["flops"])][-1]
@@ -1717,7 +1721,9 @@ def test_what_cannot_be_exported(finished, tmp_path, capsys):
         assert train.main(argv) == 2 and word in one_line(capsys)
     for content in (b"", b"garbage", (run / "front.pt").read_bytes()[:-100]):
         (run / "front.pt").write_bytes(content)
-        assert train.main(["--out", str(run), "--export", "0.9"]) == 2 and "front.pt: not a readable front" in one_line(capsys)
+        assert train.main(["--out", str(run), "--export", "0.9"]) == 2 and "front.pt: not a readable front" in one_line(
+            capsys
+        )
     (run / "front.pt").unlink()
     assert train.main(["--out", str(run), "--benchmark"]) == 2 and "front.pt: missing" in one_line(capsys)
     assert sorted(p.name for p in run.iterdir()) == [name for name in before if name != "front.pt"]
@@ -1728,7 +1734,9 @@ def test_latency_fit_finds_a_known_formula():
     net = models.build("resnet20", 10, 32)
     a = torch.stack([widths_for(net, s, LOWER) for s in range(60)])
     c = net.channels(a)
-    first = torch.tensor([4.0 * (n == "conv1") + n.startswith("layer1") for n in net.names])  # what its 32 x 32 convolutions write
+    first = torch.tensor(
+        [4.0 * (n == "conv1") + n.startswith("layer1") for n in net.names]
+    )  # what its 32 x 32 convolutions write
     truth = 1.5 + net.flops(a) / 2e7 + c @ first.double() / 400
     assert net.fit_latency(a[:40], truth[:40]).abs().max() < 0.01
     torch.testing.assert_close(net.latency(a[40:]), truth[40:], rtol=0.02, atol=0)
@@ -1910,7 +1918,18 @@ def test_sigterm_saves_and_says_how_to_continue(tiny, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU])
 def test_signals_to_the_whole_group(number, make_data, tmp_path):
     """A terminal closes, a cluster preempts: loading processes get the signal as well, and must not go first."""
-    flags = [*SMALL, *make_data("imagenet"), "--arch", "resnet8", "--image-size", "16", "--workers", "2", "--log-seconds", "0"]
+    flags = [
+        *SMALL,
+        *make_data("imagenet"),
+        "--arch",
+        "resnet8",
+        "--image-size",
+        "16",
+        "--workers",
+        "2",
+        "--log-seconds",
+        "0",
+    ]
     run = Forked([*flags, "--epochs", "4000", "--out", str(tmp_path)])
     run.await_line("epoch")
     os.killpg(run.pid, number)
@@ -2034,7 +2053,9 @@ def test_no_run_depends_on_its_terminal(patch, tiny, tmp_path):
     assert code == 2 and ("ascii" not in patch or "B\\xf6gen \\u6f22" in err) and "Traceback" not in err
 
 
-@pytest.mark.parametrize("failure", [OSError(errno.ENOLCK, "no locks"), OSError(errno.ENOSYS, "none"), OSError(errno.EOPNOTSUPP, "no")])
+@pytest.mark.parametrize(
+    "failure", [OSError(errno.ENOLCK, "no locks"), OSError(errno.ENOSYS, "none"), OSError(errno.EOPNOTSUPP, "no")]
+)
 def test_file_systems_without_locks(failure, tiny, tmp_path, monkeypatch, capsys):
     def flock(*_):
         raise failure
@@ -2063,7 +2084,18 @@ def test_home_folders(tiny, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("number", [signal.SIGBUS, signal.SIGKILL, signal.SIGSEGV])
 def test_a_loading_process_that_dies(number, make_data, tmp_path):
     """Of a full /dev/shm, of too much memory, of a decoder's fault: one line says what to change."""
-    flags = [*SMALL, *make_data("imagenet"), "--arch", "resnet8", "--image-size", "16", "--workers", "2", "--out", str(tmp_path)]
+    flags = [
+        *SMALL,
+        *make_data("imagenet"),
+        "--arch",
+        "resnet8",
+        "--image-size",
+        "16",
+        "--workers",
+        "2",
+        "--out",
+        str(tmp_path),
+    ]
     run = Forked(flags, patch=f"train.decode = lambda path: os.kill(os.getpid(), {number:d})")
     code, err = run.finish()
     assert code == 2 and err.count("train.py: ") == 1 and "Traceback" not in err, err  # beside torch's own words
@@ -2291,8 +2323,6 @@ def test_data_that_lack_their_folder_and_the_help(capsys):
         train.parse_args(["--help"])
     out = capsys.readouterr().out
     assert stop.value.code == 0 and all(f"{data} {arch}: " in out for data, arch in train.RECIPES)
-
-
 
 
 @pytest.mark.parametrize("kind, harm, word", [

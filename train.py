@@ -437,7 +437,7 @@ def parse_args(argv=None):
     g.add_argument("--download", action="store_true", help="let torchvision fetch a missing data set")
     g.add_argument("--image-size", type=whole(2), metavar="PIXELS", help="resize images to this")
     g.add_argument("--augment", choices=["none", "shift", "imagenet"],
-                   help="training images: as they are, shifted by up to an eighth, or (folders) random crops, jittered colours")
+                   help="training images: as they are, shifted by up to an eighth, or random crops in jittered colours (folders)")
     g.add_argument("--flip", action=argparse.BooleanOptionalAction,
                    help="mirror half of them: not for letters, signs, left and right hands")
     g.add_argument("--arch", choices=models.ARCHS, help="network (default: the first recipe's of the data set)")
@@ -446,7 +446,7 @@ def parse_args(argv=None):
     g.add_argument("--cost", default="flops", choices=[*COSTS, "latency"],
                    help="what a budget limits; latency is measured here and now (default: %(default)s)")
     g.add_argument("--search", type=folder, metavar="RUN",
-                   help="do not train: search that run's finished weights, as twostage does its own; RUN's settings are the defaults")
+                   help="do not train: search that run's finished weights, by its settings, as twostage does its own")
     g.add_argument("--init", type=folder, metavar="FILE",
                    help="start from torchvision's weights, or a front.pt's; each group's channels sorted by importance")
     g.add_argument("--seed", type=whole(0), default=0,
@@ -466,7 +466,7 @@ def parse_args(argv=None):
 
     g = p.add_argument_group("widths")
     g.add_argument("--lower", type=multiplier, metavar="W0", help="smallest width")
-    g.add_argument("--divisor", type=whole(1), metavar="N", help="channel counts are multiples of N: 8 suits most processors")
+    g.add_argument("--divisor", type=whole(1), metavar="N", help="channel counts are multiples of N; 8 suits most processors")
     g.add_argument("--subnets", type=whole(1), metavar="M", help="sub-networks a step, and configurations a round")
     g.add_argument("--tau", type=whole(1), help="steps between rounds")
     g.add_argument("--fresh-widths", action=argparse.BooleanOptionalAction, default=False,
@@ -474,7 +474,8 @@ def parse_args(argv=None):
                         "(default: M for the round, as in the paper)")
     g.add_argument("--num-prior", type=whole(1), metavar="N0", help="uniform proposals before the GP's")
     g.add_argument("--beta", type=amount, help="the variance's weight in the acquisition")
-    g.add_argument("--random-lambda", action=argparse.BooleanOptionalAction, default=False, help="draw lambda, not a target cost, for each proposal")
+    g.add_argument("--random-lambda", action=argparse.BooleanOptionalAction, default=False,
+                   help="draw lambda, not a target cost, for each proposal")
     g.add_argument("--held-out", type=whole(1), metavar="IMAGES", help="training images kept for judging configurations")
     g.add_argument("--eval-images", type=whole(1), metavar="IMAGES", help="of these, how many a round judges the history on")
     g.add_argument("--calibrate-images", type=whole(2), metavar="IMAGES", help="training images for BatchNorm's statistics")
@@ -486,7 +487,7 @@ def parse_args(argv=None):
     g.add_argument("--device", type=device, help="cpu, cuda or cuda:N (default: cuda where there is one)")
     g.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: on CUDA only)")
     g.add_argument("--workers", type=whole(0), metavar="N",
-                   help="loading processes per training process, image folders only (default: the cores this one may use, shared)")
+                   help="loading processes per training process, image folders only (default: the cores it may use, shared)")
     g.add_argument("--save-minutes", type=amount, default=10.0, metavar="T",
                    help="checkpoint at least this often, besides each epoch's end (default: %(default)s)")
     g.add_argument("--log-seconds", type=amount, default=10.0, metavar="T",
@@ -494,8 +495,8 @@ def parse_args(argv=None):
 
     g = p.add_argument_group("a finished run, put to use")
     g.add_argument("--export", type=amount, metavar="BUDGET",
-                   help="write the best network in --out within BUDGET (of its cost: a ratio up to 1, or the cost) as .pt2, and as "
-                        ".onnx where onnxscript and onnxruntime are installed")
+                   help="write the best network in --out within BUDGET (of its cost: a ratio up to 1, or the cost) as .pt2, and "
+                        "as .onnx where onnxscript and onnxruntime are installed")
     g.add_argument("--benchmark", action="store_true", help="print the latency of the front in --out on this machine")
     g.add_argument("--threads", type=whole(1), metavar="N", help="of a CPU, for latencies (default: torch's)")
     g.add_argument("--latency-batch", type=whole(1), default=1, metavar="IMAGES", help="for latencies (default: %(default)s)")
@@ -503,6 +504,8 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.search and args.method not in (None, "twostage"):
         p.error(f"--search: searches as --method twostage does, not {args.method}")
+    if (args.benchmark or args.export is not None) and not args.out:
+        p.error("--export, --benchmark: name the finished run's folder with --out")
     finished = args.search or (args.out if args.benchmark or args.export is not None else None)
     if finished:  # its settings are the defaults
         state = read_finished(finished)
@@ -620,7 +623,8 @@ class World:
         try:
             return fn(*args, **how)
         except RuntimeError as e:
-            raise Failed(f"process {self.rank}: another process has gone ({first_line(e)}); the last checkpoint stands") from e
+            why = f"process {self.rank}: another process has gone ({first_line(e)}); the last checkpoint stands"
+            raise Failed(why) from e
 
     def mean(self, t):
         """The tensor's mean over processes, in place: one all-reduce."""
@@ -797,7 +801,8 @@ def array_sets(args, world, x, y, test_x, test_y):
     held_out, rest = split(len(x), args)
     how = dict(size=args.image_size, seed=args.seed, device=world.device)
     train = ArrayImages(x, y, rest, **how, shift=args.augment == "shift", flip=args.flip)
-    return train, *(ArrayImages(*part, **how, like=train) for part in ((x, y, held_out), (test_x, test_y, torch.arange(len(test_x)))))
+    others = (x, y, held_out), (test_x, test_y, torch.arange(len(test_x)))
+    return train, *(ArrayImages(*part, **how, like=train) for part in others)
 
 
 def read_arrays(args, world):
@@ -936,7 +941,7 @@ def decode(path):
     if image.mode in ("I", "F"):
         raise ValueError("pixels of 32 bits have no known range; save it with 8 or 16")
     if image.mode == "LAB":
-        return ImageCms.profileToProfile(image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB")
+        return ImageCms.profileToProfile(image, *map(ImageCms.createProfile, ("LAB", "sRGB")), outputMode="RGB")
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -949,7 +954,8 @@ class FolderImages(torch.utils.data.Dataset):
     mean, std = (255 * torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))  # ImageNet's
 
     def __init__(self, samples, index, args, device):
-        self.samples, self.index, self.seed, self.workers, self.device = samples, index.tolist(), args.seed, args.workers, device
+        self.samples, self.index, self.device = samples, index.tolist(), device
+        self.seed, self.workers = args.seed, args.workers
         size = args.image_size
         short = math.ceil(size * 256 / 224) if args.augment == "imagenet" else size
         centre = [transforms.Lambda(squarish), transforms.Resize(short), transforms.CenterCrop(size)]
@@ -982,7 +988,8 @@ class FolderImages(torch.utils.data.Dataset):
         keys = [[(epoch, i) for i in batch.tolist()] for batch in batches]
         fork = "fork" if self.workers and "fork" in multiprocessing.get_all_start_methods() else None
         loader = torch.utils.data.DataLoader(self, batch_sampler=keys, num_workers=self.workers, collate_fn=collate,
-                                             pin_memory=self.device.type == "cuda", multiprocessing_context=fork)  # fmt: skip
+                                             pin_memory=self.device.type == "cuda",
+                                             multiprocessing_context=fork)  # fmt: skip
         with deaf_children():
             loaded = iter(loader)
         for batch in loaded:
@@ -1058,7 +1065,8 @@ def read_folder(root, world):
 
     names = sorted(os.listdir(root))
     classes = [name for name in names if (root / name).is_dir() and not name.startswith(".")]
-    left_out.update("hidden" if name.startswith(".") else "outside of class folders" for name in names if name not in classes)
+    others = (name for name in names if name not in classes)
+    left_out.update("hidden" if name.startswith(".") else "outside of class folders" for name in others)
     index, known = {name: i for i, name in enumerate(classes)}, torchvision.datasets.folder
     samples = known.make_dataset(str(root), index, is_valid_file=taken, allow_empty=True) if classes else []
     rest = "; left out: " + ", ".join(f"{n} {what}" for what, n in left_out.most_common()) if left_out else ""
@@ -1074,7 +1082,8 @@ def read_folder(root, world):
 def in_memory(samples, args, world):
     """All images, decoded once: x uint8 (n, 3, size, size), labels (n,)."""
     x = torch.empty(len(samples), 3, args.image_size, args.image_size, dtype=torch.uint8)
-    y, shown, where = torch.tensor([label for _, label in samples]), time.perf_counter(), torch.arange(len(samples)).split(256)
+    y, where = torch.tensor([label for _, label in samples]), torch.arange(len(samples)).split(256)
+    shown = time.perf_counter()
     images = FolderImages(samples, torch.arange(len(samples)), args, torch.device("cpu"))
     for i, (part, _) in zip(where, images.raw(where)):
         x[i] = part
@@ -1231,7 +1240,7 @@ def load_finished(args):
 
 
 def load_init(net, path, say):
-    """Loads torchvision's weights, or those of a front.pt, and sorts channels. Another number of classes: a new classifier."""
+    """Loads torchvision's weights or a front.pt's, and sorts channels. Another number of classes gets a new classifier."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         state, mine = state.get("model", state), net.state_dict()
@@ -1239,7 +1248,7 @@ def load_init(net, path, say):
         raise UserError(f"--init: {path}: not readable weights ({type(e).__name__}: {first_line(e)})") from None
     odd = [name for name in mine.keys() ^ state.keys() if not name.endswith("num_batches_tracked")]
     wrong = [name for name in mine.keys() & state.keys() if mine[name].shape != state[name].shape]
-    last = [f"{name}.{p}" for name, m in net.named_modules() if isinstance(m, models.Linear) for p in ("weight", "bias")][-2:]
+    last = list(mine)[-2:]  # the classifier's weight and bias
     if odd or not set(wrong) <= set(last):
         raise UserError(f"--init: {path}: not weights of this network ({sorted([*odd, *wrong])[0]} differs)")
     net.load_state_dict({k: v for k, v in state.items() if k not in wrong}, strict=False)
@@ -1278,10 +1287,10 @@ class Run:
                 raise UserError(f"{folder / 'checkpoint.pt'}: its network has {other['network']}, these data need "
                                 f"{self.network}")  # fmt: skip
             if other and other["data"]["digest"] != self.data.about["digest"]:  # other images would be held out
-                raise UserError(f"{folder / 'checkpoint.pt'}: that run had other images than {args.data_dir} has now; give it "
-                                "those, or start anew")  # fmt: skip
+                raise UserError(f"{folder / 'checkpoint.pt'}: that run had other images than {args.data_dir} has now; "
+                                "give it those, or start anew")  # fmt: skip
         self.net = models.build(**self.network)
-        if args.init and not state:
+        if args.init and not (state or finished):
             load_init(self.net, args.init, self.say)
         self.net.to(world.device, memory_format=torch.channels_last).train()  # the faster layout on GPU and CPU alike
         if args.cost == "latency":
@@ -1585,9 +1594,9 @@ def export(args, world):
         with torch.no_grad():
             apart = (again(x) - plain(x)).abs().max().item()
             right = sum((again(x.cpu()).argmax(1) == y.cpu()).sum().item() for x, y in data.batches("test"))
-        tell(f"{path}: {len(content) / 1e6:.2f} MB, {models.time_forward(again, x[:1]).median():.2f} ms an image, test top-1 "
-             f"{100 * right / len(data.test_set):.2f} % (front.csv {row['top1']:.2f}); its outputs differ from the network's "
-             f"by up to {apart:.1g}")  # fmt: skip
+        tell(f"{path}: {len(content) / 1e6:.2f} MB, {models.time_forward(again, x[:1]).min():.2f} ms an image, test top-1 "
+             f"{100 * right / len(data.test_set):.2f} % (front.csv {row['top1']:.2f}); its outputs differ from the "
+             f"network's by up to {apart:.1g}")  # fmt: skip
         if not apart < 1e-3:
             raise Failed(f"{path}: does not give what the network gives")
 

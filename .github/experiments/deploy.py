@@ -40,7 +40,9 @@ for i in range(100):
     began = time.perf_counter()
     net.use(flops=(0.5, 0.9)[i % 2])
     times.append(1000 * (time.perf_counter() - began))
-print(f"mbv2, {k} configurations: front.pt {front:.1f} MB, one network {one:.1f} MB; a switch takes {statistics.median(times):.1f} ms")
+print(
+    f"mbv2, {k} configurations: front.pt {front:.1f} MB, one network {one:.1f} MB; a switch takes {statistics.median(times):.1f} ms"
+)
 
 for arch, size, divisor in (("resnet20", 32, 1), ("resnet20", 32, 8), ("mbv2", 224, 1), ("mbv2", 224, 8)):
     net = models.build(arch, 10, size, divisor=divisor).to(memory_format=torch.channels_last)

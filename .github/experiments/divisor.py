@@ -46,5 +46,7 @@ if __name__ == "__main__":
         kept = dict(zip([name for name, _ in jobs], runs.keep(ROOT, [name for name, _ in jobs], "divisor")))
         for seed in args.train:
             one, eight = (runs.read_run(kept[f"by{d}-{seed}"])[1] for d in (1, 8))
-            print(f"seed {seed}: mean top-1 over the front {one['top1'].mean():.2f}, in multiples of 8 {eight['top1'].mean():.2f}; "
-                  f"full {one['top1'][-1]:.2f}, {eight['top1'][-1]:.2f}; smallest {one['top1'][0]:.2f}, {eight['top1'][0]:.2f}")
+            print(
+                f"seed {seed}: mean top-1 over the front {one['top1'].mean():.2f}, in multiples of 8 {eight['top1'].mean():.2f}; "
+                f"full {one['top1'][-1]:.2f}, {eight['top1'][-1]:.2f}; smallest {one['top1'][0]:.2f}, {eight['top1'][0]:.2f}"
+            )

@@ -52,7 +52,11 @@ if __name__ == "__main__":
             jobs.append(pool.submit(run, f"sorted-{seed}", data, *init, "--seed", seed))
             jobs.append(pool.submit(run, f"unsorted-{seed}", data, *init, "--seed", seed, code=UNSORTED))
         names = [job.result() for job in jobs]
-    print(f"{'':10}" + "".join(f"{'seed ' + str(seed):>9}" for seed in args.seeds) + "   mean top-1 (%) over the front's eight widths")
+    print(
+        f"{'':10}"
+        + "".join(f"{'seed ' + str(seed):>9}" for seed in args.seeds)
+        + "   mean top-1 (%) over the front's eight widths"
+    )
     kept = dict(zip(names, runs.keep(ROOT, names, "init")))
     for kind in ("fresh", "unsorted", "sorted"):
         fronts = [runs.read_run(kept[f"{kind}-{seed}"]) for seed in args.seeds]
