@@ -17,6 +17,7 @@ passes read like the ordinary networks'; costs are found by watching one forward
 To make another network slimmable, write it with `Conv2d`, `BatchNorm2d` and `Linear` of this file
 and wrap it: `Slimmable(OrderedDict(net=MyNet()), image=(3, 32, 32))`.
 
+In order: layers; `Slimmable`; ResNet and MobileNetV2; the deployable file; pretrained weights; latency; cost tables.
 This file needs torch alone.
 """
 
@@ -61,7 +62,7 @@ class Concatenation:
 
 
 def input_channels(weight: Tensor, reads: WidthGroup | Concatenation) -> Tensor:
-    """The weight (out, in, ...) without those of a concatenation's channels that are not in use."""
+    """(out, sum of max, ...) -> (out, sum of active, ...): without what a concatenation's parts do not use."""
     if isinstance(reads, WidthGroup) or weight.shape[1] == reads.active:
         return weight
     parts = zip(weight.split([g.max for g in reads.parts], 1), reads.parts)
@@ -108,7 +109,8 @@ class Conv2d(nn.Conv2d):
 class BatchNorm2d(nn.BatchNorm2d):
     """`nn.BatchNorm2d` of a group, with momentum 0: training leaves running statistics alone.
 
-    They mean nothing while widths change. Calibration sets them for one configuration at a time, before
+    They mean nothing while widths change, and at first they are 0 and 1: a network that was only trained gives nonsense
+    in eval(). Calibration sets them for one configuration at a time, before
     eval() or extract(): in train(), under no_grad, the k-th batch (from 1) runs with momentum 1 / k; then
     it is 0 again (`joslim.calibrate_bn`).
     """
@@ -147,7 +149,7 @@ class Linear(nn.Linear):
 
 
 def subsample(x: Tensor, stride: int, more: int) -> Tensor:
-    """Every stride-th pixel, and `more` channels of zeros after the last, or so many fewer channels."""
+    """Every stride-th pixel, and `more` channels of zeros after the last; where it is negative, so many fewer channels."""
     return F.pad(x[:, :, ::stride, ::stride], [0, 0, 0, 0, 0, more])
 
 
@@ -180,6 +182,7 @@ class Shortcut(nn.Module):
 
 
 LAYERS = Conv2d, BatchNorm2d, Linear, Shortcut
+COSTS = "flops", "params", "memory", "latency"
 
 # ------------------------------------------------------------------------------ the slimmable network
 
@@ -190,17 +193,20 @@ class Slimmable(nn.Sequential):
     Args:
         layers: named children, run one after another.
         image: (channels, height, width) of one input, for the costs.
-        divisor: channel counts are multiples of it (the full network's are what they are), as processors like them.
+        divisor: channel counts are multiples of it, but for the full network's; of 8, they run faster on most processors.
 
     Attributes:
         groups: the width groups that are slimmed, in the order of `named_modules()`; a[i] sets `groups[i]`.
         names: for each group, the first layer that writes it.
         num_widths: d, the length of a configuration.
         front: of a network that `load` returned, {"flops": (k,), ..., "top1": (k,), "widths": (k, d)}, by rising cost.
+        statistics: of one, too: BatchNorm's for each row of the front (k, s), as `get_statistics` has them.
+        data: of one, too: {"classes": names, "mean": ..., "std": ...} of the images.
+        latency_table: what `fit_latency` found (d + 1, d + 1): see `_weight_tables`.
     Raises ValueError, with the layer's name, where costs cannot be told from the layers: see `_require_wiring`.
     """
 
-    front = statistics = None
+    front = statistics = data = latency_table = None
 
     def __init__(self, layers: "OrderedDict[str, nn.Module]", image: tuple[int, int, int], divisor: int = 1):
         super().__init__(layers)
@@ -216,12 +222,11 @@ class Slimmable(nn.Sequential):
         _require_wiring(self, image, trace)
         self._flops, self._params, self._terms = _weight_tables(self, trace)
         self._live = _activation_table(self, trace)
-        self.latency_table = None
 
     def set_widths(self, a: Tensor | float) -> None:
         """Run at configuration `a` (d,) in (0, 1]^d from now on; a float sets every group alike.
 
-        Group i keeps its first round(a_i * max_i) channels, at least one (or `divisor` of them).
+        Group i keeps its first divisor * round(a_i * max_i / divisor) channels, at least `divisor`; all of them at a_i = 1.
         Raises ValueError for a wrong length or a value outside (0, 1].
         """
         channels = self.channels(a)
@@ -286,13 +291,13 @@ class Slimmable(nn.Sequential):
         """
         c = _with_one(self.channels(widths))
         terms = torch.einsum("ni,fij,nj->nf", c, self._terms, c)
-        share = terms / terms.mean(0) / milliseconds.double()[:, None]
-        weights = torch.full_like(terms[0], 1 / share.sum(1).mean().item())
-        gram, target = share.T @ share, share.sum(0)
+        relative = terms / terms.mean(0) / milliseconds.double()[:, None]  # (n, f): weighted, they are to add up to 1
+        weights = torch.full_like(terms[0], 1 / relative.sum(1).mean().item())
+        gram, target = relative.T @ relative, relative.sum(0)
         for _ in range(20000):
             weights *= target / (gram @ weights).clamp_min(1e-300)
         self.latency_table = torch.einsum("f,fij->ij", weights / terms.mean(0), self._terms)
-        return share @ weights - 1
+        return relative @ weights - 1
 
     def _quadratic(self, form, a, relaxed):
         # A weight's size is a constant times its input group's count times its output group's, so that all
@@ -322,12 +327,14 @@ class Slimmable(nn.Sequential):
         """Runs from now on at the front's best configuration within a budget, in eval mode: use(flops=0.5).
 
         One of flops, params, memory (bytes) and, where it was measured, latency (ms): a ratio to the full network's,
-        or, above 1, the cost itself. BatchNorm's statistics come along: no images are needed. Returns that
-        configuration's row of front.csv, but for its widths. Raises ValueError without a front, and for a budget
-        that none fits into.
+        or, above 1, the cost itself (so a latency below 1 ms can be given as a ratio only). BatchNorm's statistics
+        come along: no images are needed. Returns that configuration's row of front.csv, but for its widths. Raises
+        ValueError without a front, and for a budget that none fits into.
         """
+        if len(budget) != 1:
+            raise ValueError("use: name one budget, as in use(flops=0.5)")
         ((name, limit),) = budget.items()
-        if self.front is None or name not in self.front or name in ("widths", "loss", "top1", "top5"):
+        if name not in COSTS or name not in (self.front or {}):
             raise ValueError(f"use: no front with a {name} to choose from; models.load() what a run has written")
         cost = self.front[name]
         fits = (cost <= (limit if limit > 1 else limit * cost.max()) * (1 + 1e-9)).nonzero()
@@ -352,295 +359,6 @@ def _plain(layer):
     if any(p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last) for p in layer.parameters()):
         plain.to(memory_format=torch.channels_last)
     return plain
-
-
-def _norms(net):
-    return [m for m in net.modules() if isinstance(m, BatchNorm2d)]
-
-
-def get_statistics(net: Slimmable) -> Tensor:
-    """All running means and variances as one vector."""
-    return torch.cat([t for m in _norms(net) for t in (m.running_mean, m.running_var)])
-
-
-def set_statistics(net: Slimmable, vector: Tensor) -> None:
-    """Sets what `get_statistics` gave."""
-    buffers = [t for m in _norms(net) for t in (m.running_mean, m.running_var)]
-    for t, part in zip(buffers, vector.to(buffers[0]).split([len(t) for t in buffers])):
-        t.copy_(part)
-
-
-def load(path: str, device: torch.device | str = "cpu") -> Slimmable:
-    """The network of a front.pt, with its front: see `Slimmable.use`. In eval mode, at full width.
-
-    `net.data` holds the names of the classes, and mean and deviation of the images: they are to be
-    (image / 255 - mean) / std. Runs nothing that is in the file.
-    """
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    net = build(**state["network"])
-    net.load_state_dict(state["model"])
-    net.front, net.statistics, net.data = state["front"], state["statistics"].to(device), state["data"]
-    net.latency_table = state["latency"]
-    net.to(device, memory_format=torch.channels_last)  # the faster layout on GPU and CPU alike
-    net.use(**{state["cost"]: 1.0})
-    return net
-
-
-def sort_channels(net: Slimmable) -> None:
-    """Permutes each group's channels by falling importance: the first are those worth keeping.
-
-    The full network's outputs stay the same.
-
-    A channel's importance is the sum of the absolute weights that read it. Groups that a parameter-free shortcut
-    joins stay as they are: their channels must go on meeting.
-    """
-    layers = [m for m in net.modules() if isinstance(m, LAYERS)]
-    joined = {g for m in layers if isinstance(m, Shortcut) for g in (m.reads, m.writes)}
-    for group in set(net.groups) - joined:
-        readers = [(m, start) for m in layers for start in _starts(m, group)]
-        weight = sum(m.weight.detach()[:, start : start + group.max].abs().flatten(2).sum((0, 2)) if m.weight.ndim > 2
-                     else m.weight.detach()[:, start : start + group.max].abs().sum(0) for m, start in readers)  # fmt: skip
-        order = weight.argsort(descending=True) if len(readers) else torch.arange(group.max)
-        with torch.no_grad():
-            for m, start in readers:
-                m.weight[:, start : start + group.max] = m.weight[:, start : start + group.max][:, order]
-            for m in layers:
-                for t in m.state_dict().values() if m.writes is group else ():
-                    if t.ndim:
-                        t.copy_(t[order.to(t.device)])
-
-
-def _starts(layer, group):
-    """Where in the layer's input channels those of the group begin; not for what writes the group that it reads."""
-    if isinstance(layer, (BatchNorm2d, Shortcut)) or getattr(layer, "depthwise", False):
-        return []
-    parts = layer.reads.parts if isinstance(layer.reads, Concatenation) else [layer.reads]
-    return [sum(g.max for g in parts[:k]) for k, part in enumerate(parts) if part is group]
-
-
-def _with_one(c):
-    return F.pad(c, (0, 1), value=1.0)
-
-
-# ------------------------------------------------------------------------------ latency
-
-
-@torch.inference_mode()
-def time_forward(net: nn.Module, x: Tensor, runs: int = 5) -> Tensor:
-    """Milliseconds of `runs` forward passes of batch x, one by one, after two that are not counted."""
-    times = []
-    for _ in range(runs + 2):
-        began = time.perf_counter()
-        net(x)
-        if x.is_cuda:
-            torch.cuda.synchronize()
-        times.append(1000 * (time.perf_counter() - began))
-    return torch.tensor(times[2:], dtype=torch.float64)
-
-
-def time_networks(net: Slimmable, widths: Tensor, batch: int = 1, threads: int | None = None) -> Tensor:
-    """Milliseconds (k, 30) of forward passes of the networks extracted at widths (k, d), on net's device.
-
-    They take turns, so that whatever else the machine does meets all alike. `threads` of a CPU: None means torch's.
-    The least of a network's times is what it takes where nothing else runs, and repeats best.
-    """
-    x, before = torch.randn(batch, *net.image, device=next(net.parameters()).device), torch.get_num_threads()
-    networks = [net.extract(a).eval() for a in widths]
-    torch.set_num_threads(threads or before)
-    times = torch.cat([torch.stack([time_forward(one, x) for one in networks]) for _ in range(6)], 1)
-    torch.set_num_threads(before)
-    return times
-
-
-def measure_latency(net: Slimmable, lower: float, count: int = 80, seed: int = 0, **how) -> tuple[Tensor, Tensor, Tensor]:
-    """Times `count` configurations with widths from `lower` up, some of them uniform, and fits `net.latency` to them.
-
-    how: as for `time_networks`. Returns their widths (count, d), milliseconds (count,), and the relative errors of a fit
-    to three quarters of them for the others, which it has not seen.
-    """
-    g = torch.Generator().manual_seed(seed)
-    middle, apart = (torch.rand(count, d, generator=g, dtype=torch.float64) for d in (1, net.num_widths))
-    apart[::8] = 0.5
-    widths = (lower + (1 - lower) * (middle + apart - 0.5)).clamp(lower, 1)
-    widths[0], widths[1] = lower, 1
-    times, unseen = time_networks(net, widths, **how).amin(1), torch.arange(count) % 4 == 3
-    net.fit_latency(widths[~unseen], times[~unseen])
-    errors = (net.latency(widths[unseen]) / times[unseen] - 1).abs()
-    net.fit_latency(widths, times)
-    return widths, times, errors
-
-
-# ------------------------------------------------------------------------------ cost tables
-
-
-class _Trace(TorchDispatchMode):
-    """One image's way through the network at the widths now set, on the meta device, where no arithmetic is done.
-
-    calls: (name, layer, its output's pixels, its input's) of the slimmable layers, in order; a shared one comes twice.
-    lives: of each activation [group whose channels it carries, values, first operation, last operation, layer before].
-
-    A ResNet block, whose ReLUs and addition work in place. A column is an operation: its stars are in memory at once.
-
-                    conv1  bn1  relu  conv2  bn2  add  relu
-        x             *     *     *     *     *    *           the shortcut waits for the addition
-        conv1(x)      *     *
-        bn1(...)            *     *     *
-        conv2(...)                      *     *
-        bn2(...)                              *    *    *  ->  the next block's x
-
-    Raises ValueError, with a layer's name, where the network does not run.
-    """
-
-    def __init__(self, net, image):
-        super().__init__()
-        state = {k: v.to("meta") for k, v in (*net.named_parameters(), *net.named_buffers())}
-        self.weights = {self.storage(w) for w in state.values()}
-        self.calls, self.seen, self.lives, self.operations, self.name = [], [], {}, 0, "the image"
-        x, training, hooks = torch.empty(1, *image, device="meta"), net.training, []
-        self.meet(x, WidthGroup(image[0], fixed=True))
-        for name, layer in net.named_modules():
-            if isinstance(layer, LAYERS):
-                hooks.append(layer.register_forward_pre_hook(functools.partial(self.enter, name)))
-                hooks.append(layer.register_forward_hook(functools.partial(self.leave, name)))
-        try:
-            with torch.no_grad(), self:
-                torch.func.functional_call(net.eval(), state, x)
-        except (RuntimeError, TypeError) as e:
-            raise ValueError(f"after {self.name}: {e}") from e
-        finally:
-            net.train(training)
-            for hook in hooks:
-                hook.remove()
-        self.lives = list(self.lives.values())
-
-    def enter(self, name, layer, inputs):
-        shape, linear = inputs[0].shape, isinstance(layer, Linear)
-        if len(shape) != (2 if linear else 4) or shape[1] != layer.reads.active:
-            raise ValueError(f"{name}: reads a group of which {layer.reads.active} channels are in use, "
-                             f"got an input of shape {tuple(shape)}")  # fmt: skip
-        carried = self.lives[self.storage(inputs[0])][0]
-        if isinstance(carried, Concatenation) and carried.parts != getattr(layer.reads, "parts", ()):
-            raise ValueError(f"{name}: reads something else than the Concatenation of groups that it gets")
-        self.name = name
-
-    def leave(self, name, layer, inputs, out):
-        self.calls.append((name, layer, out[0, 0].numel(), inputs[0][0, 0].numel()))
-        self.lives[self.storage(out)][0] = layer.writes
-
-    def storage(self, t):
-        return t.untyped_storage()._cdata
-
-    def meet(self, t, group):
-        life = self.lives.setdefault(self.storage(t), [group, t.numel(), self.operations, self.operations, self.name])
-        life[3] = self.operations
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        if op._schema.name.endswith("_") and not any(isinstance(t, Tensor) for t in args[1:]):
-            out = args[0]  # an activation function in place: on the meta device there is nothing to do, but slowly
-        else:
-            out = op(*args, **(kwargs or {}))
-        read, made = ([t for t in tree_flatten(part)[0] if isinstance(t, Tensor)] for part in ((args, kwargs), out))
-        if read and all(self.storage(t) in self.weights for t in read):
-            self.weights |= {self.storage(t) for t in made}  # a cut weight is one
-        # Statistics are vectors and pooling's indices integers: neither is an activation.
-        activations = [
-            t for t in read + made if t.ndim > 1 and t.is_floating_point() and self.storage(t) not in self.weights
-        ]
-        carried = [self.lives.get(self.storage(t), [None])[0] for t in activations if t not in set(made)]
-        joins = op is torch.ops.aten.cat.default and None not in carried and (args[1:] or (0,))[0] == 1
-        for t in activations:  # an output has its input's channels (a pooling's, say), unless a layer knows better
-            self.meet(t, Concatenation(*carried) if joins else carried[0] if carried else None)
-        self.seen += read + made  # kept alive, so that no storage's address comes twice
-        self.operations += 1
-        return out
-
-
-def _count(net, group):
-    """The group's channels as a vector v: v' (c, 1). Fixed ones are a multiple of the 1, a concatenation its parts' sum."""
-    v = torch.zeros(net.num_widths + 1, dtype=torch.float64)
-    for g in group.parts if isinstance(group, Concatenation) else [group]:
-        place, factor = (net.groups.index(g), 1) if g in net.groups else (net.num_widths, g.max if g else 1)
-        v[place] += factor
-    return v
-
-
-def _weight_tables(net, trace):
-    """FLOPs and parameters as matrices Q, and a latency's terms as a stack of such: with c the channel counts followed by
-    a 1, each is c' Q c.
-
-    Q[i, j] sums over the layers that read group i and write group j: a kernel's pixels, for FLOPs times
-    the output's. A 3 x 3 convolution on 32 x 32 pixels gives 9 and 9216. The last row is for what reads
-    no slimmed group: vectors, depthwise kernels, the image.
-
-    The terms of a latency: for the layers of each kind (class, kernel, stride, pixels) together their FLOPs, what
-    they read and what they write; and a constant.
-    """
-    one = _count(net, None)
-    flops, params = (torch.zeros(2 * [net.num_widths + 1], dtype=torch.float64) for _ in range(2))
-    known, terms = set(), {"constant": torch.outer(one, one)}
-    for _, layer, pixels, pixels_read in trace.calls:
-        depthwise = getattr(layer, "depthwise", False)
-        read, written = _count(net, layer.reads), _count(net, layer.writes)
-        kind = type(layer), getattr(layer, "kernel_size", 1), getattr(layer, "stride", 1), depthwise, pixels
-        for p in layer.parameters(recurse=False):
-            matrix = p.ndim > 1  # a vector's size, like a depthwise kernel's, goes with one group only
-            size = torch.outer(read if matrix and not depthwise else one, written) * (p[0, 0].numel() if matrix else 1)
-            if layer not in known:
-                params += size
-            if matrix:
-                flops += size * pixels
-                for what, value in (("flops", size * pixels), ("reads", torch.outer(one, read) * pixels_read),
-                                    ("writes", torch.outer(one, written) * pixels)):  # fmt: skip
-                    terms[what, kind] = terms.get((what, kind), 0) + value
-        known.add(layer)
-    return flops, params, torch.stack(list(terms.values()))
-
-
-def _activation_table(net, trace):
-    """Rows, of which the largest product with (c, 1) is the number of activation values alive at one time."""
-    rows = torch.zeros(trace.operations, net.num_widths + 1, dtype=torch.float64)
-    for group, numel, first, last, _ in trace.lives:
-        rows[first : last + 1] += _count(net, group) * (numel / (group.max if group else 1))
-    rows = rows.unique(dim=0)
-    below = (rows[:, None] <= rows[None]).all(-1).sum(1) > 1  # never the largest: another row is above it
-    return rows[~below]
-
-
-def _require_wiring(net, image, full):
-    """Raises ValueError, naming the layer, unless the costs, found at full width, hold at other widths.
-
-    Two configurations are tried in which groups differ: what only fits at full width (two tensors concatenated and
-    read as one group, two groups added) fits at neither.
-    """
-    called = [layer for _, layer, *_ in full.calls]
-    for name, m in net.named_modules():
-        if not isinstance(m, LAYERS):
-            for p, _ in m.named_parameters(recurse=False):
-                raise ValueError(f"{name}.{p}: a parameter of {type(m).__name__}, which neither widths nor costs know of; use "
-                                 f"{', '.join(layer.__name__ for layer in LAYERS[:3])} of this file")  # fmt: skip
-        elif called.count(m) != 1 and (m not in called or isinstance(m, BatchNorm2d)):
-            raise ValueError(f"{name}: called {called.count(m)} times; a BatchNorm2d's statistics belong to one place, "
-                             "and the costs of what is not called are unknown")  # fmt: skip
-    along = torch.linspace(0, 1, net.num_widths)
-    mixed = (0.99 - 0.618 * torch.arange(net.num_widths)) % 1  # the golden ratio: neighbours are far from each other
-    possible = [{None, life[0], *net.groups} for life in full.lives]
-    try:
-        for share in (along, mixed):
-            for group, s in zip(net.groups, share.tolist()):
-                group.active = 1 + round(s * (group.max - 1))
-            lives = _Trace(net, image).lives
-            if len(lives) != len(full.lives):
-                raise ValueError("another number of activations at other widths: the network must do the same at all")
-            for carries, (_, most, *_, name), (_, numel, *_) in zip(possible, full.lives, lives):
-                carries &= {g for g in carries if numel * (g.max if g else 1) == most * (g.active if g else 1)}
-                if not carries:
-                    raise ValueError(f"after {name}: a tensor whose size goes with the width of no group")
-    finally:
-        for group in net.groups:
-            group.active = group.max
-    for life, carries in zip(full.lives, possible):
-        if life[0] not in carries:  # a map that is the mean over channels, say
-            (life[0], *_) = carries
 
 
 # ------------------------------------------------------------------------------ the architectures
@@ -799,3 +517,303 @@ def build(arch: str, num_classes: int, image_size: int, in_channels: int = 3, di
         raise ValueError(f"arch: unknown {arch!r}, choose from {', '.join(ARCHS)}")
     block, depths = RESNETS[arch]
     return resnet(block, depths, num_classes, image, divisor, cifar=len(depths) == 3)
+
+
+# ------------------------------------------------------------------------------ the deployable file
+
+
+def _norms(net):
+    return [m for m in net.modules() if isinstance(m, BatchNorm2d)]
+
+
+def get_statistics(net: Slimmable) -> Tensor:
+    """All running means and variances as one vector (s,), s twice the sum of all BatchNorms' channels."""
+    return torch.cat([t for m in _norms(net) for t in (m.running_mean, m.running_var)])
+
+
+def set_statistics(net: Slimmable, vector: Tensor) -> None:
+    """Sets what `get_statistics` gave."""
+    buffers = [t for m in _norms(net) for t in (m.running_mean, m.running_var)]
+    for t, part in zip(buffers, vector.to(buffers[0]).split([len(t) for t in buffers])):
+        t.copy_(part)
+
+
+def load(path: str, device: torch.device | str = "cpu") -> Slimmable:
+    """The network of a front.pt, with its front: see `Slimmable.use`. In eval mode, at full width.
+
+    `net.data` holds the names of the classes, and mean and deviation of the images: they are to be
+    (image / 255 - mean) / std. Runs nothing that is in the file.
+    """
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    net = build(**state["network"])
+    net.load_state_dict(state["model"])
+    net.front, net.statistics, net.data = state["front"], state["statistics"].to(device), state["data"]
+    net.latency_table = state["latency"]
+    net.to(device, memory_format=torch.channels_last)  # the faster layout on GPU and CPU alike
+    net.use(**{state["cost"]: 1.0})
+    return net
+
+
+# ------------------------------------------------------------------------------ pretrained weights
+
+
+def sort_channels(net: Slimmable) -> None:
+    """Permutes each group's channels by falling importance: the first are those worth keeping.
+
+    The full network's outputs stay the same.
+
+    Readers' input channels, and writers' output channels with BatchNorm's vectors, get the same permutation. Call it before
+    training. A channel's importance is the sum of the absolute weights that read it. Groups that a parameter-free shortcut
+    joins stay as they are: their channels must go on meeting.
+    """
+    layers = [m for m in net.modules() if isinstance(m, LAYERS)]
+    joined = {g for m in layers if isinstance(m, Shortcut) for g in (m.reads, m.writes)}
+    for group in net.groups:
+        readers = [(m, start) for m in layers for start in _starts(m, group)]
+        if group in joined or not readers:
+            continue
+        parts = [m.weight.detach()[:, start : start + group.max] for m, start in readers]  # (out, group's channels, ...)
+        order = sum(part.abs().transpose(0, 1).flatten(1).sum(1) for part in parts).argsort(descending=True)
+        with torch.no_grad():
+            for m, start in readers:
+                m.weight[:, start : start + group.max] = m.weight[:, start : start + group.max][:, order]
+            for m in layers:
+                for t in m.state_dict().values() if m.writes is group else ():
+                    if t.ndim:
+                        t.copy_(t[order])
+
+
+def _starts(layer, group):
+    """Where in the layer's input channels those of the group begin; not for what writes the group that it reads."""
+    if isinstance(layer, (BatchNorm2d, Shortcut)) or getattr(layer, "depthwise", False):
+        return []
+    parts = layer.reads.parts if isinstance(layer.reads, Concatenation) else [layer.reads]
+    return [sum(g.max for g in parts[:k]) for k, part in enumerate(parts) if part is group]
+
+
+# ------------------------------------------------------------------------------ latency
+
+
+@torch.inference_mode()
+def time_forward(net: nn.Module, x: Tensor, runs: int = 5) -> Tensor:
+    """Milliseconds of `runs` forward passes of batch x, one by one, after two that are not counted."""
+    times = []
+    for _ in range(runs + 2):
+        began = time.perf_counter()
+        net(x)
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        times.append(1000 * (time.perf_counter() - began))
+    return torch.tensor(times[2:], dtype=torch.float64)
+
+
+def time_networks(net: Slimmable, widths: Tensor, batch: int = 1, threads: int | None = None) -> Tensor:
+    """Milliseconds (k, 30) of forward passes of the networks extracted at widths (k, d), on net's device: six turns of five.
+
+    They take turns, so that whatever else the machine does meets all alike. `threads` of a CPU: None means torch's.
+    The least of a network's times is what it takes where nothing else runs, and repeats best.
+    """
+    x, before = torch.randn(batch, *net.image, device=next(net.parameters()).device), torch.get_num_threads()
+    networks = [net.extract(a).eval() for a in widths]
+    try:
+        torch.set_num_threads(threads or before)
+        return torch.cat([torch.stack([time_forward(one, x) for one in networks]) for _ in range(6)], 1)
+    finally:
+        torch.set_num_threads(before)
+
+
+def measure_latency(net: Slimmable, lower: float, count: int = 80, seed: int = 0, **how) -> tuple[Tensor, Tensor, Tensor]:
+    """Times `count` configurations with widths from `lower` up, some of them uniform, and fits `net.latency` to them.
+
+    how: as for `time_networks`. Returns their widths (count, d), milliseconds (count,), and the relative errors of a fit
+    to three quarters of them for the others, which it has not seen.
+    """
+    g = torch.Generator().manual_seed(seed)
+    middle, apart = (torch.rand(count, d, generator=g, dtype=torch.float64) for d in (1, net.num_widths))
+    apart[::8] = 0.5
+    widths = (lower + (1 - lower) * (middle + apart - 0.5)).clamp(lower, 1)
+    widths[0], widths[1] = lower, 1
+    times, unseen = time_networks(net, widths, **how).amin(1), torch.arange(count) % 4 == 3
+    net.fit_latency(widths[~unseen], times[~unseen])
+    errors = (net.latency(widths[unseen]) / times[unseen] - 1).abs()
+    net.fit_latency(widths, times)
+    return widths, times, errors
+
+
+# ------------------------------------------------------------------------------ cost tables
+
+
+def _with_one(c):
+    return F.pad(c, (0, 1), value=1.0)
+
+
+class _Trace(TorchDispatchMode):
+    """One image's way through the network at the widths now set, on the meta device, where no arithmetic is done.
+
+    calls: (name, layer, its output's pixels, its input's) of the slimmable layers, in order; a shared one comes twice.
+    lives: of each activation [group whose channels it carries, values, first operation, last operation, layer before].
+
+    A ResNet block, whose ReLUs and addition work in place. A column is an operation: its stars are in memory at once.
+
+                    conv1  bn1  relu  conv2  bn2  add  relu
+        x             *     *     *     *     *    *           the shortcut waits for the addition
+        conv1(x)      *     *
+        bn1(...)            *     *     *
+        conv2(...)                      *     *
+        bn2(...)                              *    *    *  ->  the next block's x
+
+    Raises ValueError, with a layer's name, where the network does not run.
+    """
+
+    def __init__(self, net, image):
+        super().__init__()
+        state = {k: v.to("meta") for k, v in (*net.named_parameters(), *net.named_buffers())}
+        self.weights = {self.storage(w) for w in state.values()}
+        self.calls, self.seen, self.lives, self.operations, self.name = [], [], {}, 0, "the image"
+        x, training, hooks = torch.empty(1, *image, device="meta"), net.training, []
+        self.meet(x, WidthGroup(image[0], fixed=True))
+        for name, layer in net.named_modules():
+            if isinstance(layer, LAYERS):
+                hooks.append(layer.register_forward_pre_hook(functools.partial(self.enter, name)))
+                hooks.append(layer.register_forward_hook(functools.partial(self.leave, name)))
+        try:
+            with torch.no_grad(), self:
+                torch.func.functional_call(net.eval(), state, x)
+        except (RuntimeError, TypeError) as e:
+            raise ValueError(f"after {self.name}: {e}") from e
+        finally:
+            net.train(training)
+            for hook in hooks:
+                hook.remove()
+        self.lives = list(self.lives.values())
+
+    def enter(self, name, layer, inputs):
+        shape, linear = inputs[0].shape, isinstance(layer, Linear)
+        if len(shape) != (2 if linear else 4) or shape[1] != layer.reads.active:
+            raise ValueError(f"{name}: reads a group of which {layer.reads.active} channels are in use, "
+                             f"got an input of shape {tuple(shape)}")  # fmt: skip
+        carried = self.lives[self.storage(inputs[0])][0]
+        if isinstance(carried, Concatenation) and carried.parts != getattr(layer.reads, "parts", ()):
+            raise ValueError(f"{name}: reads something else than the Concatenation of groups that it gets")
+        self.name = name
+
+    def leave(self, name, layer, inputs, out):
+        self.calls.append((name, layer, out[0, 0].numel(), inputs[0][0, 0].numel()))
+        self.lives[self.storage(out)][0] = layer.writes
+
+    def storage(self, t):
+        return t.untyped_storage()._cdata
+
+    def meet(self, t, group):
+        life = self.lives.setdefault(self.storage(t), [group, t.numel(), self.operations, self.operations, self.name])
+        life[3] = self.operations
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op._schema.name.endswith("_") and not any(isinstance(t, Tensor) for t in args[1:]):
+            out = args[0]  # an activation function in place: on the meta device there is nothing to do, but slowly
+        else:
+            out = op(*args, **(kwargs or {}))
+        read, made = ([t for t in tree_flatten(part)[0] if isinstance(t, Tensor)] for part in ((args, kwargs), out))
+        if read and all(self.storage(t) in self.weights for t in read):
+            self.weights |= {self.storage(t) for t in made}  # a cut weight is one
+        # Statistics are vectors and pooling's indices integers: neither is an activation.
+        activations = [
+            t for t in read + made if t.ndim > 1 and t.is_floating_point() and self.storage(t) not in self.weights
+        ]
+        carried = [self.lives.get(self.storage(t), [None])[0] for t in activations if t not in set(made)]
+        joins = op is torch.ops.aten.cat.default and None not in carried and (args[1:] or (0,))[0] == 1
+        for t in activations:  # an output has its input's channels (a pooling's, say), unless a layer knows better
+            self.meet(t, Concatenation(*carried) if joins else carried[0] if carried else None)
+        self.seen += read + made  # kept alive, so that no storage's address comes twice
+        self.operations += 1
+        return out
+
+
+def _count(net, group):
+    """The group's channels as a vector v: v' (c, 1). Fixed ones are a multiple of the 1, a concatenation its parts' sum."""
+    v = torch.zeros(net.num_widths + 1, dtype=torch.float64)
+    for g in group.parts if isinstance(group, Concatenation) else [group]:
+        place, factor = (net.groups.index(g), 1) if g in net.groups else (net.num_widths, g.max if g else 1)
+        v[place] += factor
+    return v
+
+
+def _weight_tables(net, trace):
+    """FLOPs and parameters as matrices Q, and a latency's terms as a stack of such: with c the channel counts followed by
+    a 1, each is c' Q c.
+
+    Q[i, j] sums over the layers that read group i and write group j: a kernel's pixels, for FLOPs times
+    the output's. A 3 x 3 convolution on 32 x 32 pixels gives 9 and 9216. The last row is for what reads
+    no slimmed group: vectors, depthwise kernels, the image.
+
+    The terms of a latency: for the layers of each kind (class, kernel, stride, pixels) together their FLOPs, what
+    they read and what they write; and a constant.
+    """
+    one = _count(net, None)
+    flops, params = (torch.zeros(2 * [net.num_widths + 1], dtype=torch.float64) for _ in range(2))
+    known, terms = set(), {"constant": torch.outer(one, one)}
+    for _, layer, pixels, pixels_read in trace.calls:
+        depthwise = getattr(layer, "depthwise", False)
+        read, written = _count(net, layer.reads), _count(net, layer.writes)
+        kind = type(layer), getattr(layer, "kernel_size", 1), getattr(layer, "stride", 1), depthwise, pixels
+        for p in layer.parameters(recurse=False):
+            matrix = p.ndim > 1  # a vector's size, like a depthwise kernel's, goes with one group only
+            size = torch.outer(read if matrix and not depthwise else one, written) * (p[0, 0].numel() if matrix else 1)
+            if layer not in known:
+                params += size
+            if matrix:
+                flops += size * pixels
+                for what, value in (("flops", size * pixels), ("reads", torch.outer(one, read) * pixels_read),
+                                    ("writes", torch.outer(one, written) * pixels)):  # fmt: skip
+                    terms[what, kind] = terms.get((what, kind), 0) + value
+        known.add(layer)
+    return flops, params, torch.stack(list(terms.values()))
+
+
+def _activation_table(net, trace):
+    """Rows, of which the largest product with (c, 1) is the number of activation values alive at one time."""
+    rows = torch.zeros(trace.operations, net.num_widths + 1, dtype=torch.float64)
+    for group, numel, first, last, _ in trace.lives:
+        rows[first : last + 1] += _count(net, group) * (numel / (group.max if group else 1))
+    rows = rows.unique(dim=0)
+    below = (rows[:, None] <= rows[None]).all(-1).sum(1) > 1  # never the largest: another row is above it
+    return rows[~below]
+
+
+def _require_wiring(net, image, full):
+    """Raises ValueError, naming the layer, unless the costs, found at full width, hold at other widths.
+
+    Two configurations are tried in which groups differ: what only fits at full width (two tensors concatenated and
+    read as one group, two groups added) fits at neither.
+    """
+    called = [layer for _, layer, *_ in full.calls]
+    for name, m in net.named_modules():
+        if not isinstance(m, LAYERS):
+            p = next((p for p, _ in m.named_parameters(recurse=False)), None)
+            if p:
+                raise ValueError(f"{name}.{p}: a parameter of {type(m).__name__}, which neither widths nor costs know of; "
+                                 f"use {', '.join(layer.__name__ for layer in LAYERS[:3])} of this file")  # fmt: skip
+        elif called.count(m) != 1 and (m not in called or isinstance(m, BatchNorm2d)):
+            raise ValueError(f"{name}: called {called.count(m)} times; a BatchNorm2d's statistics belong to one place, "
+                             "and the costs of what is not called are unknown")  # fmt: skip
+    along = torch.linspace(0, 1, net.num_widths)
+    mixed = (0.99 - 0.618 * torch.arange(net.num_widths)) % 1  # the golden ratio: neighbours are far from each other
+    # For each activation, the groups with which its size goes; None: with no group's.
+    fits = [{None, life[0], *net.groups} for life in full.lives]
+    try:
+        for share in (along, mixed):
+            for group, s in zip(net.groups, share.tolist()):
+                group.active = 1 + round(s * (group.max - 1))
+            lives = _Trace(net, image).lives
+            if len(lives) != len(full.lives):
+                raise ValueError("another number of activations at other widths: the network must do the same at all")
+            for carries, (_, most, *_, name), (_, numel, *_) in zip(fits, full.lives, lives):
+                carries &= {g for g in carries if numel * (g.max if g else 1) == most * (g.active if g else 1)}
+                if not carries:
+                    raise ValueError(f"after {name}: a tensor whose size goes with the width of no group")
+    finally:
+        for group in net.groups:
+            group.active = group.max
+    for life, carries in zip(full.lives, fits):
+        if life[0] not in carries:  # a map that is the mean over channels, say
+            life[0] = next(g for g in (None, *net.groups) if g in carries)

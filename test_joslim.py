@@ -1492,7 +1492,7 @@ def test_front_csv_is_the_plain_networks(tiny, tmp_path):
         expected = F.cross_entropy(logits, y).item(), 5.0 * (ranks < 1).sum().item(), 5.0 * (ranks < 5).sum().item()
         assert tuple(float(row[k]) for k in ("loss", "top1", "top5")) == pytest.approx(expected, rel=1e-3)
         hits = (ranks < 1).double()  # whose mean has this standard error
-        assert float(row["top1_error"]) == pytest.approx(100 * hits.std(correction=0).item() / len(hits) ** 0.5)
+        assert float(row["top1_stderr"]) == pytest.approx(100 * hits.std(correction=0).item() / len(hits) ** 0.5)
 
 
 @pytest.mark.parametrize("data, arch", [
@@ -1503,7 +1503,7 @@ def test_real_formats_train(data, arch, make_data, tmp_path):
     flags = [*SMALL, "--tau", "2", *make_data(data), "--arch", arch, "--workers", "1", *size]
     assert train.main([*flags, "--out", str(tmp_path / "out")]) == 0
     rows = read_front(tmp_path / "out")
-    assert list(rows[0]) == ["flops", "params", "memory", "loss", "top1", "top1_error", "top5", "widths"]
+    assert list(rows[0]) == ["flops", "params", "memory", "loss", "top1", "top1_stderr", "top5", "widths"]
     classes = {"emnist": 47, "fashion-mnist": 10, "cifar10": 10, "cifar100": 100, "imagenet": 2}[data]
     net = models.build(arch, classes, 28 if data == "emnist" else 32, 1 if data in IDX else 3)
     for row in rows:

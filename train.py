@@ -249,7 +249,7 @@ def test_front(run: "Run", front: torch.Tensor) -> dict[str, torch.Tensor]:
     if args.cost == "latency":
         columns["latency"] = run.milliseconds
     error = (top1 * (100 - top1) / len(data.test_set)).sqrt()  # of a share of so many images
-    columns |= {"loss": loss[:, 0], "top1": top1[:, 0], "top1_error": error[:, 0], "top5": top5[:, 0]}
+    columns |= {"loss": loss[:, 0], "top1": top1[:, 0], "top1_stderr": error[:, 0], "top5": top5[:, 0]}
     return columns | {"widths": front, "statistics": statistics.float()}
 
 
@@ -479,7 +479,7 @@ def parse_args(argv=None):
     g.add_argument("--held-out", type=whole(1), metavar="IMAGES", help="training images kept for judging configurations")
     g.add_argument("--eval-images", type=whole(1), metavar="IMAGES", help="of these, how many a round judges the history on")
     g.add_argument("--calibrate-images", type=whole(2), metavar="IMAGES", help="training images for BatchNorm's statistics")
-    g.add_argument("--front-size", type=whole(1), metavar="K", help="configurations tested at the end, at most")
+    g.add_argument("--front-size", type=whole(2), metavar="K", help="configurations tested at the end, at most")
 
     g = p.add_argument_group("the run")
     g.add_argument("--out", type=folder, metavar="RUN", help="its folder (default: runs/<data>-<arch>-<method>-<seed>)")
@@ -1500,7 +1500,7 @@ class Run:
         tell("\n" + "".join(f"{UNITS[name][0]:>11}        %" for name in shown) + "    loss   top-1          top-5")
         for i in range(len(columns["top1"])):
             cells = (f"{v[i] / UNITS[name][1]:11.3f} {v[i] / v.max():8.1%}" for name, v in shown.items())
-            loss, top1, error, top5 = (columns[name][i] for name in ("loss", "top1", "top1_error", "top5"))
+            loss, top1, error, top5 = (columns[name][i] for name in ("loss", "top1", "top1_stderr", "top5"))
             tell("".join(cells) + f" {loss:7.4f} {top1:7.2f} ± {error:4.2f} {top5:7.2f}")
         picture = draw_front(args, columns)
         total = timedelta(seconds=round(self.seconds["total"]))
@@ -1524,7 +1524,7 @@ def draw_front(args, columns):
     cost = columns[args.cost]
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axes = figure.add_subplot(xlabel=f"{args.cost} (% of the full network)", ylabel="test top-1 (%)")
-    axes.errorbar(100 * cost / cost.max(), columns["top1"], columns["top1_error"], fmt="o-", capsize=2)
+    axes.errorbar(100 * cost / cost.max(), columns["top1"], columns["top1_stderr"], fmt="o-", capsize=2)
     axes.set_title(f"{args.arch} on {args.data}, {args.method}")
     axes.grid(alpha=0.3)
     with atomic_write(args.out / "front.png") as f:
