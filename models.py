@@ -602,7 +602,7 @@ def time_forward(net: nn.Module, x: Tensor, runs: int = 5) -> Tensor:
         began = time.perf_counter()
         net(x)
         if x.is_cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(x.device)
         times.append(1000 * (time.perf_counter() - began))
     return torch.tensor(times[2:], dtype=torch.float64)
 
@@ -610,14 +610,17 @@ def time_forward(net: nn.Module, x: Tensor, runs: int = 5) -> Tensor:
 def time_networks(net: Slimmable, widths: Tensor, batch: int = 1, threads: int | None = None) -> Tensor:
     """Milliseconds (k, 30) of forward passes of the networks extracted at widths (k, d), on net's device: six turns of five.
 
-    They take turns, so that whatever else the machine does meets all alike. `threads` of a CPU: None means torch's.
+    Ten at a time they take turns, so that whatever else the machine does meets all alike. `threads` of a CPU: None means torch's.
     The least of a network's times is what it takes where nothing else runs, and repeats best.
     """
     x, before = torch.randn(batch, *net.image, device=next(net.parameters()).device), torch.get_num_threads()
-    networks = [net.extract(a).eval() for a in widths]
+    times = []
     try:
         torch.set_num_threads(threads or before)
-        return torch.cat([torch.stack([time_forward(one, x) for one in networks]) for _ in range(6)], 1)
+        for some in widths.split(10):
+            networks = [net.extract(a).eval() for a in some]
+            times.append(torch.cat([torch.stack([time_forward(one, x) for one in networks]) for _ in range(6)], 1))
+        return torch.cat(times)
     finally:
         torch.set_num_threads(before)
 

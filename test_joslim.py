@@ -8,7 +8,6 @@ this project's, but torchvision's networks, plain networks, dense algebra, finit
 import copy
 import csv
 import errno
-import fcntl
 import gzip
 import hashlib
 import importlib.util
@@ -1245,6 +1244,31 @@ def test_photos_are_upright(suffix, tmp_path):
         assert train.decode(tmp_path / f"x.{suffix}").tobytes() == picture().tobytes(), orientation
 
 
+def tiff(bits, white_is_zero):
+    """A grey TIFF of one row, its pixels 0, half and all of what the bits allow; written tag by tag."""
+    values = [0, 2 ** (bits - 1), 2**bits - 1, 0]
+    raw = b"".join(struct.pack("<H", v) for v in values) if bits == 16 else None
+    if bits == 12:  # two pixels in three bytes
+        raw = b"".join((values[k] << 12 | values[k + 1]).to_bytes(3, "big") for k in (0, 2))
+    tags = {256: 4, 257: 1, 258: bits, 259: 1, 262: 0 if white_is_zero else 1, 273: 8 + 2 + 9 * 12 + 4, 277: 1, 278: 1, 279: len(raw)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + raw
+
+
+@pytest.mark.parametrize("bits, white_is_zero", [(12, False), (16, False), (16, True)])
+def test_greys_of_scanners_and_microscopes(bits, white_is_zero, tmp_path):
+    (tmp_path / "x.tif").write_bytes(tiff(bits, white_is_zero))
+    seen = [train.decode(tmp_path / "x.tif").getpixel((i, 0)) for i in range(4)]
+    assert seen == [(v, v, v) for v in ((255, 127, 0, 255) if white_is_zero else (0, 128, 255, 0))]
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "jpg"])
+def test_what_is_not_exif_does_no_harm(suffix, tmp_path):
+    for exif in (b"Exif\0\0garbage", b"\xff" * 30, b"Exif\0\0II*\0\x08\0\0\0\xff\xff"):
+        Image.new("RGB", (24, 16), GREY).save(tmp_path / f"x.{suffix}", exif=exif)
+        assert train.decode(tmp_path / f"x.{suffix}").getpixel((5, 5)) == GREY
+
+
 def png(size, *chunks, depth=8):
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -2010,6 +2034,14 @@ def test_a_fault_of_one_is_said_once(patch, word, make_data, tmp_path):
     assert 0 not in codes
 
 
+def test_processes_that_differ_are_found_before_they_are_saved(tiny, tmp_path):
+    drift = "step = train.sandwich_step; train.sandwich_step = lambda net, *a, **k: (net.fc.bias.data.add_(1e-6), step(net, *a, **k))[1]"
+    runs = two([*tiny, "--method", "slim", "--out", str(tmp_path)], ("", drift))
+    codes, errs = zip(*(run.finish(20) for run in runs))
+    assert set(codes) == {1} and "".join(errs).count("\n") == 1 and "step 2: the processes have different" in "".join(errs)
+    assert not list(tmp_path.glob("*.pt"))
+
+
 @pytest.mark.parametrize("env, word", [
     ({"WORLD_SIZE": "4", "RANK": "0"}, "MASTER_ADDR expected"), ({"WORLD_SIZE": "4"}, "RANK expected"),
     ({"WORLD_SIZE": "four", "RANK": "0"}, "'four'"), ({"WORLD_SIZE": "2", "RANK": "zero"}, "'zero'"),
@@ -2057,11 +2089,11 @@ def test_no_run_depends_on_its_terminal(patch, tiny, tmp_path):
     "failure", [OSError(errno.ENOLCK, "no locks"), OSError(errno.ENOSYS, "none"), OSError(errno.EOPNOTSUPP, "no")]
 )
 def test_file_systems_without_locks(failure, tiny, tmp_path, monkeypatch, capsys):
-    def flock(*_):
+    def lockf(*_):
         raise failure
 
     flags = [*tiny, "--method", "slim", "--epochs", "1"]
-    monkeypatch.setattr(train.fcntl, "flock", flock)
+    monkeypatch.setattr(train.fcntl, "lockf", lockf)
     assert train.main([*flags, "--out", str(tmp_path / "a")]) == 0
     assert "no locks on this file system" in capsys.readouterr().out
     monkeypatch.setattr(train, "fcntl", None)
@@ -2113,10 +2145,12 @@ def test_existing_runs_are_not_overwritten(tiny, tmp_path, capsys):
 
 def test_a_folder_in_use(tiny, tmp_path, capsys):
     (tmp_path / "log.jsonl").write_text("not a whole line")
-    with open(tmp_path / "log.jsonl") as other:
-        fcntl.flock(other, fcntl.LOCK_SH)
-        assert train.main([*tiny, "--out", str(tmp_path), "--resume"]) == 2
-        assert "in use" in capsys.readouterr().err
+    code = "import fcntl, sys; f = open(sys.argv[1], 'r+'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
+    other = subprocess.Popen([sys.executable, "-c", code, tmp_path / "log.jsonl"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    assert train.main([*tiny, "--out", str(tmp_path), "--resume"]) == 2
+    assert "in use" in capsys.readouterr().err
+    other.communicate()
     assert (tmp_path / "log.jsonl").read_text() == "not a whole line"
     assert train.main([*tiny, "--method", "slim", "--out", str(tmp_path), "--resume"]) == 0
     assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[1])["event"] == "settings"
@@ -2210,6 +2244,7 @@ def test_checkpoints_of_something_else(make_data, tmp_path, capsys):
     refused("--arch resnet8, not mbv2", *search, "--arch", "mbv2")
     for s in ("train", "val"):
         shutil.copytree(tmp_path / "imagenet" / s / "cat", tmp_path / "imagenet" / s / "cow")
+    refused("no --init, this one --init /x; leave --init /x out, or", "--init", "/x")
     refused("'num_classes': 3")
     refused("'num_classes': 3", *search)
     torch.save(good | {"format": 5}, path)

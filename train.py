@@ -25,6 +25,7 @@ import multiprocessing
 import os
 import shlex
 import signal
+import struct
 import sys
 import tempfile
 import textwrap
@@ -191,7 +192,8 @@ def find_front(run: "Run") -> torch.Tensor:
     ranked[cost.argmax()] = -torch.inf  # the full network ends the front, whatever the noise says
     front = thin(pareto_front(ranked, cost), cost, args.front_size)
     if args.cost == "latency":  # so far by the fit; measured, it must rise as well
-        times = world.from_first(models.time_networks(net, candidates[front], **timing(args)).amin(1))
+        times = models.time_networks(net, candidates[front], **timing(args)).amin(1) if world.rank == 0 else None
+        times = world.from_first(times)
         rising = pareto_front(ranked[front], times)
         front, run.milliseconds = front[rising], times[rising]
     run.log("front", cost=cost[front].tolist(), held_out_loss=loss[front].tolist(), candidates=len(loss))
@@ -248,7 +250,7 @@ def test_front(run: "Run", front: torch.Tensor) -> dict[str, torch.Tensor]:
     columns = {cost: getattr(net, cost)(front) for cost in COSTS}
     if args.cost == "latency":
         columns["latency"] = run.milliseconds
-    error = (top1 * (100 - top1) / len(data.test_set)).sqrt()  # of a share of so many images
+    error = (top1 * (100 - top1).clamp_min(0) / len(data.test_set)).sqrt()  # of a share of so many images
     columns |= {"loss": loss[:, 0], "top1": top1[:, 0], "top1_stderr": error[:, 0], "top5": top5[:, 0]}
     return columns | {"widths": front, "statistics": statistics.float()}
 
@@ -265,8 +267,7 @@ def main(argv: list[str] | None = None) -> int:
             args = parse_args(argv)
             world.meet(args.device)
             if args.export is not None or args.benchmark:
-                if world.rank == 0:
-                    (export if args.export is not None else benchmark)(args, world)
+                (export if args.export is not None else benchmark)(args, world)
                 return 0
             with run_folder(args, world) as log_file:
                 run = Run(args, world, log_file, argv)
@@ -274,9 +275,7 @@ def main(argv: list[str] | None = None) -> int:
                     train(run)
                 with run.searching():
                     front = find_front(run)
-                columns = test_front(run, front)
-                run.require_agreement()
-                run.report(columns)
+                run.report(test_front(run, front))
             return 0
         except (Exception, KeyboardInterrupt) as e:
             world.finishing = True  # another signal changes nothing
@@ -287,6 +286,7 @@ def main(argv: list[str] | None = None) -> int:
                 tell("train.py: " + line.replace("\n", "\\n"), sys.stderr)
             return code
         finally:
+            world.finishing = True
             world.leave()
             end_workers(others)
 
@@ -485,7 +485,7 @@ def parse_args(argv=None):
     g.add_argument("--out", type=folder, metavar="RUN", help="its folder (default: runs/<data>-<arch>-<method>-<seed>)")
     g.add_argument("--resume", action="store_true", help="continue the run in --out; start it if there is none")
     g.add_argument("--device", type=device, help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    g.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: on CUDA only)")
+    g.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: on GPUs that have it)")
     g.add_argument("--workers", type=whole(0), metavar="N",
                    help="loading processes per training process, image folders only (default: the cores it may use, shared)")
     g.add_argument("--save-minutes", type=amount, default=10.0, metavar="T",
@@ -506,6 +506,8 @@ def parse_args(argv=None):
         p.error(f"--search: searches as --method twostage does, not {args.method}")
     if (args.benchmark or args.export is not None) and not args.out:
         p.error("--export, --benchmark: name the finished run's folder with --out")
+    if (args.benchmark or args.export is not None) and os.environ.get("WORLD_SIZE", "1") != "1":
+        p.error("--export, --benchmark: one process is enough; start it without torchrun")
     finished = args.search or (args.out if args.benchmark or args.export is not None else None)
     if finished:  # its settings are the defaults
         state = read_finished(finished)
@@ -526,7 +528,7 @@ def parse_args(argv=None):
         p.error(f"--augment imagenet: for folders of images; --data {args.data} takes none or shift")
     if args.workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        args.workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        args.workers = max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # each holds two batches
     args.out = args.out or Path("runs", f"{args.data}-{args.arch}-{args.method}-{args.seed}")
     args.resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun --max-restarts
     return args
@@ -550,7 +552,7 @@ class World:
         store = self.find_others() if os.environ.get("WORLD_SIZE", "1") != "1" else None
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if self.device.type == "cuda":
-            index = self.local_rank if self.size > 1 else self.device.index or 0
+            index = self.local_rank if self.device.index is None else self.device.index
             if index >= torch.cuda.device_count():
                 raise UserError(f"--device {device}: GPU {index} asked for, this machine has {torch.cuda.device_count()}")
             self.device = torch.device("cuda", index)
@@ -623,6 +625,8 @@ class World:
         try:
             return fn(*args, **how)
         except RuntimeError as e:
+            if "DataLoader worker" in str(e):  # which may come at any time
+                raise
             why = f"process {self.rank}: another process has gone ({first_line(e)}); the last checkpoint stands"
             raise Failed(why) from e
 
@@ -645,7 +649,7 @@ class World:
         for g, part in zip(grads, parts):
             g.copy_(part.view_as(g))
         self.requests.append(asked)
-        if len(self.requests) > (8 if self.device.type == "cuda" else 0):  # an old one is read without waiting for the GPU
+        if len(self.requests) > (2 if self.device.type == "cuda" else 0):  # an old one is read without waiting for the GPU
             self.stopping = self.requests.popleft().item() > 0
 
     def from_first(self, value):
@@ -929,15 +933,21 @@ IN_MEMORY = 2**31  # bytes of images, at --image-size, up to which a folder is d
 def decode(path):
     """The image as a person sees it, in RGB of 8 bits, whatever its file holds.
 
-    Upright (EXIF), the first where there are several, on white where it is transparent; 16 bits are scaled to 8,
+    Upright (EXIF), the first where there are several, on white where it is transparent; 10 to 16 bits are scaled to 8,
     CMYK, palettes and LAB are converted. Raises ValueError for what has no known range (32-bit integers, floats), and
     whatever Pillow does for what it cannot read.
     """
     with Image.open(path) as file:
-        image, form = ImageOps.exif_transpose(file), file.format
-    if image.mode.startswith("I;16") or image.mode == "I" and form in ("PNG", "PPM"):
-        pixels = torch.frombuffer(bytearray(image.convert("I").tobytes()), dtype=torch.int32)
-        image = Image.frombytes("L", image.size, ((pixels + 128) // 257).byte().numpy().tobytes())
+        tags = getattr(file, "tag_v2", {})  # a TIFF's: 258 has the bits of a pixel, 262 is 0 where 0 means white
+        try:
+            image = ImageOps.exif_transpose(file)
+        except (SyntaxError, ValueError, KeyError, TypeError, struct.error):  # what EXIF says is not EXIF
+            image = file.copy()
+    if image.mode.startswith("I;16") or image.mode == "I" and file.format in ("PNG", "PPM"):
+        most = 2 ** tags.get(258, (16,))[0] - 1
+        pixels = torch.frombuffer(bytearray(image.convert("I").tobytes()), dtype=torch.int32).clamp(0, most)
+        pixels = most - pixels if tags.get(262) == 0 else pixels
+        image = Image.frombytes("L", image.size, (pixels / most * 255).round().byte().numpy().tobytes())
     if image.mode in ("I", "F"):
         raise ValueError("pixels of 32 bits have no known range; save it with 8 or 16")
     if image.mode == "LAB":
@@ -1032,14 +1042,13 @@ def read_folders(args, world):
 
     def check(i):
         try:
-            if i % world.size == world.rank:
-                with Image.open(paths[i]):  # its header alone
-                    pass
+            if i % world.size == world.rank:  # val/ as a whole: it is used after all training; of train/ the headers
+                decode(paths[i]) if i >= len(train) else Image.open(paths[i]).close()
             return f"{os.path.relpath(paths[i], args.data_dir)} {os.path.getsize(paths[i])}"
         except Exception as e:
             return unreadable(paths[i], e)
 
-    with ThreadPool(8) as threads:
+    with ThreadPool(max(args.workers, 1)) as threads:
         checked = threads.map(check, range(len(paths)), 256)
     for error in (c for c in checked if isinstance(c, UserError)):
         raise error
@@ -1135,8 +1144,8 @@ def run_folder(args, world):
         log_file = open(args.out / "log.jsonl", "ab+", buffering=0)
         try:
             if locked:
-                fcntl.flock(log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+                fcntl.lockf(log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process: its children do not hold it
+        except (BlockingIOError, PermissionError):
             raise UserError(f"--out: {args.out} is in use by another process") from None
         except OSError:
             locked = False
@@ -1163,6 +1172,8 @@ def append(log_file, line):
 
 def as_flag(name, value):
     flag = name.replace("_", "-")
+    if value is None:
+        return f"no --{flag}"
     return f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}"
 
 
@@ -1204,11 +1215,11 @@ def load_checkpoint(args):
             damage.append(str(e))
             continue
         mine, theirs = settings(args), state["settings"]
-        for name in sorted(mine.keys() | theirs.keys()):
+        for name in sorted((mine.keys() | theirs.keys()) - {"trained_as"}):
             if mine.get(name) != theirs.get(name):
-                wanted = as_flag(name, theirs.get(name))
-                raise UserError(f"{path}: that run has {wanted}, this one {as_flag(name, mine.get(name))}; "
-                                f"add {wanted}, or use another --out")  # fmt: skip
+                wanted, given = as_flag(name, theirs.get(name)), as_flag(name, mine.get(name))
+                advice = f"add {wanted}" if theirs.get(name) is not None else f"leave {given} out"
+                raise UserError(f"{path}: that run has {wanted}, this one {given}; {advice}, or use another --out")
         if damage:
             tell(f"{damage[0]}; continuing from {path.name}")
             os.replace(path, args.out / "checkpoint.pt")  # so that the next save keeps it, not the damaged one
@@ -1266,7 +1277,7 @@ class Run:
     def __init__(self, args, world, log_file, argv):
         self.args, self.world, self.log_file, self.argv = args, world, log_file, argv
         if args.amp is None:
-            args.amp = world.device.type == "cuda"
+            args.amp = world.device.type == "cuda" and torch.cuda.get_device_capability(world.device) >= (8, 0)
         if args.batch_size % (world.size * args.accumulate):
             raise UserError(f"--batch-size {args.batch_size} does not divide among {world.size} processes and "
                             f"--accumulate {args.accumulate} parts")  # fmt: skip
@@ -1413,8 +1424,11 @@ class Run:
         if now - self.shown > self.args.log_seconds or self.step == self.steps:
             self.progress(epoch, now)
         late = now - self.saved > 60 * self.args.save_minutes
-        if late or self.world.stopping or self.step % self.data.steps == 0:
+        ends_epoch = self.step % self.data.steps == 0
+        if late or self.world.stopping or ends_epoch:
             self.require_finite()
+            if ends_epoch:
+                self.require_agreement()
             self.save()
         if self.world.stopping:
             self.world.wait()  # for process 0, which saves
@@ -1469,15 +1483,16 @@ class Run:
     # -------------------------------------------------------------- the end
 
     def require_agreement(self):
-        """All processes must hold the same weights and history, or the run is worth nothing."""
+        """All processes must hold the same weights and history, or what is saved is worth nothing."""
         if self.world.size > 1:
             tensors = [*self.net.parameters(), *self.sampler.state_dict().values()]
             digest = hashlib.sha256(b"".join(t.detach().cpu().numpy().tobytes() for t in tensors)).hexdigest()
             digests = [None] * self.world.size
             self.world.together(dist.all_gather_object, digests, digest)
             if len(set(digests)) > 1:
-                raise RuntimeError(f"process {self.world.rank} has other weights or another history than the rest")
-            self.say(f"{self.world.size} processes agree: weights and history have sha256 {digest[:16]}...")
+                raise Failed(f"step {self.step}: the processes have different weights or histories; the last checkpoint stands")
+            if self.step == self.steps:
+                self.say(f"{self.world.size} processes agree: weights and history have sha256 {digest[:16]}...")
 
     def report(self, columns):
         """Writes front.csv, front.pt and front.png; prints the table."""
@@ -1547,6 +1562,8 @@ def load_front(args, world):
 def benchmark(args, world):
     """--benchmark: latency, and peak memory, of RUN's front as extracted networks on this device."""
     net = load_front(args, world)
+    if args.cost not in net.front:
+        raise UserError(f"--cost {args.cost}: {args.out} has no such column in its front")
     widths = net.front["widths"]
     times = models.time_networks(net, widths, **timing(args))
     tell(f"{world.device}, {args.threads or torch.get_num_threads()} threads, batch {args.latency_batch}\n"
@@ -1555,9 +1572,10 @@ def benchmark(args, world):
     for i, (a, low, middle, high) in enumerate(zip(widths, *quartiles)):
         peak = net.memory(a).item()
         if world.device.type == "cuda":
+            others = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             models.time_forward(net.extract(a).eval(), torch.randn(args.latency_batch, *net.image, device=world.device), 1)
-            peak = torch.cuda.max_memory_allocated()
+            peak = torch.cuda.max_memory_allocated() - others
         tell(f"  {net.front[args.cost][i] / net.front[args.cost].max():8.1%} {net.front['top1'][i]:6.2f} {least[i]:10.2f} "
              f"{least[i] / least[-1]:8.1%} {middle:8.2f}  ({low:.2f} to {high:.2f}) {peak / 1e6:9.2f}")  # fmt: skip
 
@@ -1583,8 +1601,11 @@ def export(args, world):
             session = onnxruntime.InferenceSession(path)
             return lambda x: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
 
-        onnx = torch.onnx.export(program, dynamo=True, verbose=False).model_proto
-        written[args.out / f"{stem}.onnx"] = onnx.SerializeToString(), load_onnx
+        try:
+            onnx = torch.onnx.export(program, dynamo=True, verbose=False).model_proto
+            written[args.out / f"{stem}.onnx"] = onnx.SerializeToString(), load_onnx
+        except Exception as e:  # its exporter is young: from torch 2.5 on, and not for all
+            tell(f"no .onnx: {type(e).__name__}: {first_line(e)}")
     x, _ = next(iter(data.batches("test")))
     x = x.cpu()
     for path, (content, load) in written.items():
