@@ -370,7 +370,7 @@ def deaf_children():
 def end_workers(others):
     """Kills loading processes that are still there: deaf ones outlive the polite request that Python makes at exit."""
     workers = [child for child in multiprocessing.active_children() if child not in others]
-    if workers and threading.current_thread() is threading.main_thread():
+    if workers and hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises where a worker is killed
     for worker in workers:
         worker.kill()
@@ -1038,12 +1038,14 @@ def read_folders(args, world):
     if classes != others:
         odd = sorted(set(classes) ^ set(others))
         raise UserError(f"--data-dir: train/ and val/ differ in classes: {', '.join(odd[:3])}")
+    held_out, rest = split(len(train), args)
     paths = [path for path, _ in train + val]
+    small = args.augment != "imagenet" and 3 * args.image_size**2 * len(paths) <= IN_MEMORY
 
     def check(i):
         try:
-            if i % world.size == world.rank:  # val/ as a whole: it is used after all training; of train/ the headers
-                decode(paths[i]) if i >= len(train) else Image.open(paths[i]).close()
+            if i % world.size == world.rank:  # headers; of val/, which is used after all training, the whole
+                decode(paths[i]) if i >= len(train) and not small else Image.open(paths[i]).close()
             return f"{os.path.relpath(paths[i], args.data_dir)} {os.path.getsize(paths[i])}"
         except Exception as e:
             return unreadable(paths[i], e)
@@ -1053,9 +1055,8 @@ def read_folders(args, world):
     for error in (c for c in checked if isinstance(c, UserError)):
         raise error
     digest = hashlib.sha256("\n".join(checked).encode(errors="surrogateescape")).hexdigest()
-    if args.augment != "imagenet" and 3 * args.image_size**2 * len(paths) <= IN_MEMORY:
+    if small:
         return array_sets(args, world, *in_memory(train, args, world), *in_memory(val, args, world)), classes, 3, digest
-    held_out, rest = split(len(train), args)
     parts = (train, rest), (train, held_out), (val, torch.arange(len(val)))
     return tuple(FolderImages(samples, index, args, world.device) for samples, index in parts), classes, 3, digest
 

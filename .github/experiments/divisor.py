@@ -13,7 +13,9 @@ import sys
 from pathlib import Path
 
 import runs
+from compare import read_run
 import torch
+from init import mean_top1
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import models  # noqa: E402
@@ -45,8 +47,5 @@ if __name__ == "__main__":
         runs.queue(jobs, ROOT, args.at_once)
         kept = dict(zip([name for name, _ in jobs], runs.keep(ROOT, [name for name, _ in jobs], "divisor")))
         for seed in args.train:
-            one, eight = (runs.read_run(kept[f"by{d}-{seed}"])[1] for d in (1, 8))
-            print(
-                f"seed {seed}: mean top-1 over the front {one['top1'].mean():.2f}, in multiples of 8 {eight['top1'].mean():.2f}; "
-                f"full {one['top1'][-1]:.2f}, {eight['top1'][-1]:.2f}; smallest {one['top1'][0]:.2f}, {eight['top1'][0]:.2f}"
-            )
+            one, eight = (mean_top1(read_run(kept[f"by{d}-{seed}"])[1]) for d in (1, 8))
+            print(f"seed {seed}: mean top-1 over budgets {one:.2f}, in multiples of 8 {eight:.2f}")

@@ -16,7 +16,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import runs
+from compare import read_run
 
 ROOT = Path("runs", "init").resolve()
 SETTINGS = """--data fashion-mnist --arch mbv2 --batch-size 64 --epochs 1 --lr 0.05 --warmup-epochs 0.3 --held-out 30000
@@ -33,6 +35,11 @@ def run(name, data_dir, *flags, code=None):
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
             subprocess.run(list(map(str, command)), cwd=runs.PROJECT, env=environment, stdout=log, stderr=log, check=True)
     return name
+
+
+def mean_top1(front):
+    budgets = np.linspace(front["flops"][0], front["flops"][-1], 100)
+    return front["top1"][np.searchsorted(front["flops"], budgets + 1, side="right") - 1].mean()
 
 
 if __name__ == "__main__":
@@ -52,12 +59,9 @@ if __name__ == "__main__":
             jobs.append(pool.submit(run, f"sorted-{seed}", data, *init, "--seed", seed))
             jobs.append(pool.submit(run, f"unsorted-{seed}", data, *init, "--seed", seed, code=UNSORTED))
         names = [job.result() for job in jobs]
-    print(
-        f"{'':10}"
-        + "".join(f"{'seed ' + str(seed):>9}" for seed in args.seeds)
-        + "   mean top-1 (%) over the front's eight widths"
-    )
     kept = dict(zip(names, runs.keep(ROOT, names, "init")))
+    print("mean top-1 (%) over 100 budgets from the smallest network's FLOPs to the full one's")
+    print(f"{'':10}" + "".join(f"{'seed ' + str(seed):>9}" for seed in args.seeds))
     for kind in ("fresh", "unsorted", "sorted"):
-        fronts = [runs.read_run(kept[f"{kind}-{seed}"]) for seed in args.seeds]
-        print(f"{kind:10}" + "".join(f"{front['top1'].mean():9.2f}" for _, front in fronts))
+        fronts = [read_run(kept[f"{kind}-{seed}"])[1] for seed in args.seeds]
+        print(f"{kind:10}" + "".join(f"{mean_top1(front):9.2f}" for front in fronts))

@@ -9,7 +9,7 @@ import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
-from compare import last_event, read_run
+from compare import last_event
 
 PROJECT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"
