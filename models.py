@@ -610,17 +610,14 @@ def time_forward(net: nn.Module, x: Tensor, runs: int = 5) -> Tensor:
 def time_networks(net: Slimmable, widths: Tensor, batch: int = 1, threads: int | None = None) -> Tensor:
     """Milliseconds (k, 30) of forward passes of the networks extracted at widths (k, d), on net's device: six turns of five.
 
-    Ten at a time they take turns, so that whatever else the machine does meets all alike. `threads` of a CPU: None means torch's.
+    They take turns, so that whatever else the machine does meets all alike. `threads` of a CPU: None means torch's.
     The least of a network's times is what it takes where nothing else runs, and repeats best.
     """
     x, before = torch.randn(batch, *net.image, device=next(net.parameters()).device), torch.get_num_threads()
-    times = []
     try:
         torch.set_num_threads(threads or before)
-        for some in widths.split(10):
-            networks = [net.extract(a).eval() for a in some]
-            times.append(torch.cat([torch.stack([time_forward(one, x) for one in networks]) for _ in range(6)], 1))
-        return torch.cat(times)
+        turns = ([time_forward(net.extract(a).eval(), x) for a in widths] for _ in range(6))
+        return torch.cat([torch.stack(turn) for turn in turns], 1)
     finally:
         torch.set_num_threads(before)
 
