@@ -2130,7 +2130,8 @@ def test_a_loading_process_that_dies(number, make_data, tmp_path):
         "--out",
         str(tmp_path),
     ]
-    run = Forked(flags, patch=f"train.decode = lambda path: os.kill(os.getpid(), {number:d})")
+    in_a_worker = f"os.kill(os.getpid(), {number:d}) if torch.utils.data.get_worker_info() else decode(path)"
+    run = Forked(flags, patch=f"import torch; decode = train.decode; train.decode = lambda path: {in_a_worker}")
     code, err = run.finish()
     assert code == 2 and err.count("train.py: ") == 1 and "Traceback" not in err, err  # beside torch's own words
     assert "--workers" in err and "--shm-size" in err and not in_session(run.pid)
