@@ -1082,6 +1082,12 @@ SMALL = ["--device", "cpu", "--epochs", "2", "--batch-size", "32", "--held-out",
          "--num-prior", "3", "--calibrate-images", "16", "--front-size", "4", "--warmup-epochs", "0.5"]  # fmt: skip
 
 
+@pytest.fixture
+def photos(make_data):
+    """Flags of a short run of resnet8 on a small image folder."""
+    return [*SMALL, *make_data("imagenet"), "--arch", "resnet8", "--image-size", "16"]
+
+
 def small_data(*flags, rank=0, size=1):
     data = train.Data(train.parse_args([*SMALL, *flags]), train.World().meet("cpu"))
     data.world.rank, data.world.size = rank, size  # as if this were one of several
@@ -1250,7 +1256,8 @@ def tiff(bits, white_is_zero):
     raw = b"".join(struct.pack("<H", v) for v in values) if bits == 16 else None
     if bits == 12:  # two pixels in three bytes
         raw = b"".join((values[k] << 12 | values[k + 1]).to_bytes(3, "big") for k in (0, 2))
-    tags = {256: 4, 257: 1, 258: bits, 259: 1, 262: 0 if white_is_zero else 1, 273: 8 + 2 + 9 * 12 + 4, 277: 1, 278: 1, 279: len(raw)}
+    known = 256, 257, 258, 259, 262, 273, 277, 278, 279  # width, height, bits, compression, what 0 means, where, ...
+    tags = dict(zip(known, (4, 1, bits, 1, not white_is_zero, 8 + 2 + 9 * 12 + 4, 1, 1, len(raw))))
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + raw
 
@@ -1294,9 +1301,9 @@ UNREADABLE = {
 @pytest.mark.parametrize("part, augment, workers", [
     ("train", "imagenet", "0"), ("train", "imagenet", "1"), ("val", "imagenet", "0"), ("val", "shift", "1"), ("train", "none", "0")
 ])  # fmt: skip
-def test_unreadable_images_are_named(part, augment, workers, make_data, tmp_path, capsys, monkeypatch):
+def test_unreadable_images_are_named(part, augment, workers, photos, tmp_path, capsys, monkeypatch):
     """Whatever a decoder raises, wherever it is met: one line, the path first and whole."""
-    flags = [*SMALL, *make_data("imagenet"), "--arch", "resnet8", "--image-size", "16", "--augment", augment]
+    flags = [*photos, "--augment", augment]
     folder = tmp_path / "imagenet" / part / "dog"
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
     for n, (name, raw) in enumerate(UNREADABLE.items()):
@@ -1940,20 +1947,9 @@ def test_sigterm_saves_and_says_how_to_continue(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU])
-def test_signals_to_the_whole_group(number, make_data, tmp_path):
+def test_signals_to_the_whole_group(number, photos, tmp_path):
     """A terminal closes, a cluster preempts: loading processes get the signal as well, and must not go first."""
-    flags = [
-        *SMALL,
-        *make_data("imagenet"),
-        "--arch",
-        "resnet8",
-        "--image-size",
-        "16",
-        "--workers",
-        "2",
-        "--log-seconds",
-        "0",
-    ]
+    flags = [*photos, "--workers", "2", "--log-seconds", "0"]
     run = Forked([*flags, "--epochs", "4000", "--out", str(tmp_path)])
     run.await_line("epoch")
     os.killpg(run.pid, number)
@@ -2116,20 +2112,9 @@ def test_home_folders(tiny, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("number", [signal.SIGBUS, signal.SIGKILL, signal.SIGSEGV])
-def test_a_loading_process_that_dies(number, make_data, tmp_path):
+def test_a_loading_process_that_dies(number, photos, tmp_path):
     """Of a full /dev/shm, of too much memory, of a decoder's fault: one line says what to change."""
-    flags = [
-        *SMALL,
-        *make_data("imagenet"),
-        "--arch",
-        "resnet8",
-        "--image-size",
-        "16",
-        "--workers",
-        "2",
-        "--out",
-        str(tmp_path),
-    ]
+    flags = [*photos, "--workers", "2", "--out", str(tmp_path)]
     in_a_worker = f"os.kill(os.getpid(), {number:d}) if torch.utils.data.get_worker_info() else decode(path)"
     run = Forked(flags, patch=f"import torch; decode = train.decode; train.decode = lambda path: {in_a_worker}")
     code, err = run.finish()
@@ -2227,10 +2212,9 @@ def test_damaged_checkpoints(how, tiny, tmp_path, capsys):
     assert (hurt / "checkpoint.pt").read_bytes() == before
 
 
-def test_checkpoints_of_something_else(make_data, tmp_path, capsys):
+def test_checkpoints_of_something_else(photos, tmp_path, capsys):
     """Of an older format, of another network, of other data: one line, and nothing is touched."""
-    flags = [*SMALL, *make_data("imagenet"), "--arch", "resnet8", "--image-size", "16",
-             "--workers", "0", "--epochs", "1", "--out", str(tmp_path / "run"), "--resume"]  # fmt: skip
+    flags = [*photos, "--workers", "0", "--epochs", "1", "--out", str(tmp_path / "run"), "--resume"]
     assert train.main(flags) == 0
     path, search = tmp_path / "run" / "checkpoint.pt", ["--out", str(tmp_path / "new"), "--search", str(tmp_path / "run")]
     good = read_state(path.parent)

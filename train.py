@@ -62,7 +62,7 @@ except ImportError:  # Windows
 
 COMMON = dict(
     subnets=2,             # M: sub-networks a step, besides the full and the smallest
-    num_prior=20,          # n0: uniform widths before the GP's first proposal
+    num_prior=20,          # n0: widths, each one for all layers, before the GP's first proposal
     beta=0.1,              # the acquisition's optimism
     lower=0.42,            # w0: the smallest width
     warmup_epochs=5.0,
@@ -125,8 +125,9 @@ def train(run: "Run") -> None:
             # A round: which widths to train until the next one
             if run.step % tau == 0:
                 with run.searching():  # whose time is counted
-                    if sampler.ready:  # once the first n0 are drawn; random samplers never are, for no loss concerns them
-                        # 1. Re-evaluate all of the history under today's weights, on images held out from training.
+                    if sampler.ready:  # once the first n0 are drawn; never for random samplers, which use no losses
+                        # 1. Re-evaluate all of the history under today's weights, on images held out from training: each
+                        # round takes the next --eval-images of them, and each process its share.
                         images, labels = data.held_out(run.step // tau)
                         history_losses = evaluate(net, sampler.widths, images, labels, args.amp)
                         run.observe(world.mean(history_losses))
@@ -135,7 +136,8 @@ def train(run: "Run") -> None:
                     run.proposals = world.propose(sampler, per_round, keep=args.subnets)
 
             # A step: the full network learns from the labels, M proposals and the smallest network from its softmax.
-            # Their gradients add up; the mean of these sums over processes is all that is communicated between rounds.
+            # Their gradients add up; the mean of these sums over processes is all that is communicated between rounds, and
+            # in the same message whether a signal asked any of them to stop.
             turns = run.proposals.split(args.subnets)  # one, unless --fresh-widths
             widths = turns[run.step % len(turns)]
             run.optimizer.zero_grad()
@@ -150,7 +152,7 @@ def train(run: "Run") -> None:
             run.optimizer.step()
             run.step += 1
 
-            # Now and then a progress line, a checkpoint, an end where a signal asked for it.
+            # Now and then a progress line, a checkpoint; the end, of all processes alike, where one was asked to stop.
             run.after_step(epoch, widths, torch.stack(losses).mean(0))
 
 
@@ -180,6 +182,7 @@ def find_front(run: "Run") -> torch.Tensor:
         candidates = uniform
     else:
         sampler = search(run) if args.method == "twostage" else run.sampler
+        # By the last round's losses; those that no round has judged yet come along.
         near = shortlist(sampler.losses, run.cost(sampler.widths), args.candidates)
         candidates = torch.cat([uniform[[0, -1]], sampler.widths[near]])  # the two trained at every step, in any case
 

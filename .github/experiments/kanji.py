@@ -2,7 +2,7 @@
 """Kanji of Debian's fonts, to be read in fonts that were never trained on: an image folder for `train.py --data imagenet`.
 
     python .github/experiments/kanji.py --packages           # the Debian packages that it wants, for `apt-get install`
-    python .github/experiments/kanji.py DIR --classes 200    # DIR/train/<character>/*.png and DIR/val/: 10 minutes, 350 MB
+    python .github/experiments/kanji.py DIR --classes 200    # DIR/train/<character>/*.png and DIR/val/
 
 Nothing is installed, and what is installed decides: the faces found are printed, and the same fonts give the same images,
 byte for byte. Of each face of each package it is tested which of the 2965 kanji of JIS level 1 it has. A face that looks like
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-# Of those that have kanji, the fewest that give some 60 faces: each has faces that the others lack.
+# Debian's fonts with kanji, but for those (ipafont, yozvox-yozfont, cns11643, ...) whose faces others have or that are huge.
 PACKAGES = """fonts-aoyagi-kouzan-t fonts-aoyagi-soseki fonts-arphic-bkai00mp fonts-arphic-bsmi00lp fonts-arphic-ukai
     fonts-arphic-uming fonts-cwtex-kai fonts-cwtex-ming fonts-dejima-mincho fonts-dotgothic16 fonts-hanazono fonts-horai-umefont
     fonts-ipaexfont-gothic fonts-ipaexfont-mincho fonts-kiloji fonts-konatu fonts-kouzan-mouhitsu fonts-lxgw-wenkai fonts-migmix
