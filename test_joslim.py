@@ -36,6 +36,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -1124,6 +1125,8 @@ def test_batches_depend_on_seed_epoch_and_image_alone(make_data):
 
 def test_crops_and_flips_are_among_all_there_are(make_data):
     images = small_data(*make_data("cifar10")).training_set  # padded by 4 on each side
+    inside = images.x[:, :, 4:-4, 4:-4].numpy()
+    assert (images.x.numpy() == np.pad(inside, ((0, 0), (0, 0), (4, 4), (4, 4)), "reflect")).all()
     origin, found = {}, []
     for i, top, left in itertools.product(range(84), range(9), range(9)):
         crop = images.x[i, :, top : top + 32, left : left + 32]
@@ -1135,6 +1138,18 @@ def test_crops_and_flips_are_among_all_there_are(make_data):
     i, top, left, flip, label = zip(*found)
     assert i == (*range(84),) and list(label) == images.y.tolist()
     assert set(top) == set(left) == set(range(9)) and len({*zip(top, left)}) > 40 and 25 < sum(flip) < 59
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_shifts_bring_no_colour_of_their_own(kept, make_data, monkeypatch):
+    """Black edges on light images would be what training sees, and BatchNorm's calibration and tests do not."""
+    flags = make_data("imagenet")
+    if not kept:  # decoded anew in each epoch
+        monkeypatch.setattr(train, "IN_MEMORY", 0)
+    for path in Path(flags[3]).rglob("*.jpeg"):
+        Image.new("RGB", (40, 40), (200, 200, 200)).save(path)
+    data = small_data(*flags, "--image-size", "16", "--augment", "shift", "--workers", "0")
+    assert torch.cat([x for x, _ in data.train(0, 0)]).std((0, 2, 3)).max() < 1e-4
 
 
 def test_images_are_scaled_to_mean_0_and_deviation_1(make_data):

@@ -748,21 +748,21 @@ def split(n, args):
 class ArrayImages:
     """A small data set: one uint8 tensor (n, c, h, w) on the device, augmented in whole batches there.
 
-    x[index], resized to `size`; in training, crops of it padded by an eighth where `shift`, and flips where `flip`.
+    x[index], resized to `size`; in training, crops of it, mirrored edges padding it by an eighth, where `shift`, and flips where `flip`.
     mean, std: (c, 1, 1), of values up to 255; of these very images where they are None.
     """
 
     def __init__(self, x, y, index, size, seed, device, like=None, shift=False, flip=False):
         self.y, self.size, self.seed, self.flip = y[index].to(device), size, seed, flip
         self.pad = size // 8 if shift else 0
-        inside = slice(self.pad, self.pad + size)
-        self.x = torch.zeros(len(index), x.shape[1], *[size + 2 * self.pad] * 2, dtype=torch.uint8, device=device)
+        self.x = torch.empty(len(index), x.shape[1], *[size + 2 * self.pad] * 2, dtype=torch.uint8, device=device)
         counts = torch.zeros(x.shape[1], 256, dtype=torch.int64)  # of each value: exact, and no copy in floats
         for i, to in zip(index.split(1024), self.x.split(1024)):  # in pieces: memory is that of the result
             part = x[i]
             if part.shape[-2:] != (size, size):
                 part = transforms.functional.resize(part, [size, size], antialias=True)
-            to[:, :, inside, inside] = part
+            # Mirrored, for what is there anyway: BatchNorm's statistics are those of whole images, without black edges.
+            to.copy_(transforms.functional.pad(part, self.pad, padding_mode="reflect"))
             if like is None:
                 counts += torch.stack([channel.flatten().bincount(minlength=256) for channel in part.unbind(1)])
         if like is None:
@@ -974,7 +974,7 @@ class FolderImages(torch.utils.data.Dataset):
         centre = [transforms.Lambda(squarish), transforms.Resize(short), transforms.CenterCrop(size)]
         augment = {
             "none": centre,
-            "shift": [*centre, transforms.RandomCrop(size, padding=size // 8)],
+            "shift": [*centre, transforms.RandomCrop(size, padding=size // 8, padding_mode="reflect")],
             "imagenet": [transforms.RandomResizedCrop(size, scale=(0.25, 1)), transforms.ColorJitter(0.4, 0.4, 0.4)],
         }[args.augment]
         flip = [transforms.RandomHorizontalFlip()] if args.flip else []
