@@ -30,8 +30,9 @@ import tempfile
 import time
 import zipfile
 import zlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,7 +45,6 @@ import torchvision
 import torchvision.models.feature_extraction
 from PIL import Image, ImageCms
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
@@ -852,31 +852,42 @@ def test_a_joint_step_needs_the_memory_of_the_full_networks(arch, size):
     assert 10 * x.numel() * 4 < theirs and ours <= 1.15 * theirs
 
 
-def test_a_step_asks_for_no_value(tiny, tmp_path, monkeypatch):
-    """Tensors without values raise if one is asked for; on a GPU, that would be to wait for it."""
-    run = train.Run(train.parse_args([*tiny, "--out", str(tmp_path)]), train.World().meet("cpu"), None, [])
-    run.args.epochs, run.args.accumulate, run.world.size = 1, 2, 2  # the all-reduce is part of a step
-    run.world.device = torch.device("cuda")  # so it believes
-    widths, set_widths, steps = list(run.sampler.sample(2)), run.net.set_widths, []
+class NoValues(TorchDispatchMode):
+    """Work on `meta` tensors, which have no values: on a GPU, whatever asks for one would wait. Here it raises, and so does
+    what mixes them with the CPU's tensors, but for copies to the device and numbers."""
 
-    def with_values(a):  # widths are on the CPU whatever the device
-        with unset_fake_temporarily():
-            set_widths(a)
+    def __torch_dispatch__(self, fn, types, args=(), kwargs=None):
+        there = {t.device.type for t in tree_flatten((args, kwargs or {}))[0] if isinstance(t, torch.Tensor) and t.ndim}
+        if len(there) > 1 and fn is not torch.ops.aten.copy_.default:
+            raise RuntimeError(f"{fn} of tensors on {', '.join(sorted(there))}")
+        return fn(*args, **(kwargs or {}))
 
-    monkeypatch.setattr(run.net, "set_widths", with_values)
-    monkeypatch.setattr(run.world, "propose", lambda *_, **__: SimpleNamespace(split=lambda n: [widths]))
-    monkeypatch.setattr(train.dist, "all_reduce", lambda t: steps.append(t.numel()))
-    monkeypatch.setattr(run, "after_step", lambda epoch, widths, losses: steps.append(losses))
-    monkeypatch.setattr(torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True)
-    with FakeTensorMode() as mode:
-        run.net._apply(mode.from_tensor)
-        run.optimizer = train.make_optimizer(run.net, run.args)
-        for name in ("x", "y", "mean", "std"):
-            setattr(run.data.training_set, name, mode.from_tensor(getattr(run.data.training_set, name)))
+
+@pytest.mark.parametrize("arch", ["resnet8", "mbv2"])
+def test_training_and_tests_ask_for_no_value(arch, tiny, tmp_path, monkeypatch):
+    args = train.parse_args([*tiny, "--arch", arch, "--epochs", "1", "--accumulate", "2", "--flip", "--out", str(tmp_path)])
+    world, losses, reduced = train.World(), [], []
+    world.device = torch.device("meta")
+    run = train.Run(args, world, None, [])
+    world.size, run.data.steps = 2, 2  # of two processes: the all-reduce is part of a step
+    run.sampler.sample(args.num_prior)
+    run.sampler.losses = torch.arange(len(run.sampler.widths)).double()
+    # Where a round waits for its losses, and processes for each other.
+    monkeypatch.setattr(run, "observe", losses.append)
+    monkeypatch.setattr(train.dist, "all_reduce", lambda t: reduced.append(t.numel()))
+    monkeypatch.setattr(world, "propose", lambda sampler, m, keep: sampler.sample(m, keep))
+    monkeypatch.setattr(world, "map", lambda fn, items, columns: fn(items))
+    monkeypatch.setattr(run, "require_finite", lambda: None)
+    monkeypatch.setattr(run, "after_step", lambda epoch, widths, step_losses: losses.append(step_losses))
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # there is none for meta
+    with NoValues():
         train.train(run)
-        assert run.step == run.data.steps > 0 and len(steps) == 2 * run.step
-        with pytest.raises(DataDependentOutputException):
-            steps[-1].sum().item()
+        columns = train.test_front(run, torch.rand(2, run.net.num_widths, dtype=torch.float64) / 2 + 0.5)
+    assert run.step == 2 and len(losses) == 4 and len(reduced) == 4 and all(t.is_meta for t in losses)
+    assert columns["top1"].is_meta and columns["statistics"].shape == (2, len(models.get_statistics(run.net)))
+    for wait in (lambda: losses[0].sum().item(), lambda: losses[0].cpu(), lambda: losses[0] + torch.ones(len(losses[0]))):
+        with NoValues(), pytest.raises(RuntimeError):
+            wait()
 
 
 # ------------------------------------------------------------------------------ learning rate, optimiser, processes
@@ -1362,7 +1373,7 @@ def test_memory_follows_the_data(tmp_path):
     """Array sets resized, and extremely thin images, in a process of their own."""
     write_data("fashion-mnist", tmp_path)
     code = """if True:
-        import resource, torch, train
+        import numpy as np, resource, torch, train
         from PIL import Image, ImageCms
         torch.set_num_threads(1)
         peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -1376,7 +1387,7 @@ def test_memory_follows_the_data(tmp_path):
         Image.new("RGB", (20000, 1)).save("thin.png")
         for augment in ("none", "shift", "imagenet"):
             args.augment = augment
-            images = train.FolderImages([("thin.png", 0)], torch.tensor([0]), args, torch.device("cpu"))
+            images = train.FolderImages(np.array([b"thin.png"]), torch.tensor([0]), torch.tensor([0]), args, torch.device("cpu"))
             assert all(images[epoch, 0][0].shape == (3, 224, 224) for epoch in (None, 1))
         assert peak() - before < 2e8, peak() - before
     """
@@ -1412,6 +1423,18 @@ def test_augmentation_is_asked_for(make_data):
             scaled = [v * images.std + images.mean for v, images in ((x, memory.training_set), (raw, files.training_set))]
             torch.testing.assert_close(*scaled, atol=1e-3, rtol=0)
             assert torch.equal(y, label)
+
+
+def test_held_out_images_of_folders_are_decoded_once(make_data, monkeypatch):
+    flags, times, decode = [*make_data("imagenet"), "--image-size", "16", "--workers", "0"], Counter(), train.decode
+    files = small_data(*flags)
+    monkeypatch.setattr(train, "IN_MEMORY", 3 * 16**2 * 16)  # bytes, of no more than they
+    monkeypatch.setattr(train, "decode", lambda path: (times.update([path]), decode(path))[1])
+    data = small_data(*flags)
+    for number in range(5):
+        torch.testing.assert_close(list(data.held_out(number)), list(files.held_out(number)), rtol=0, atol=0)
+    list(data.batches("held-out"))
+    assert sum(f"{os.sep}train{os.sep}" in path for path in times) == 16 and set(times.values()) == {1}
 
 
 def test_held_out_images_are_training_images_not_trained_on(make_data):

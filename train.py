@@ -38,6 +38,7 @@ from datetime import timedelta
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -652,7 +653,7 @@ class World:
         for g, part in zip(grads, parts):
             g.copy_(part.view_as(g))
         self.requests.append(asked)
-        if len(self.requests) > (2 if self.device.type == "cuda" else 0):  # an old one is read without waiting for the GPU
+        if len(self.requests) > (0 if self.device.type == "cpu" else 2):  # an old one is read without waiting for a GPU
             self.stopping = self.requests.popleft().item() > 0
 
     def from_first(self, value):
@@ -757,7 +758,7 @@ class ArrayImages:
         self.pad = size // 8 if shift else 0
         self.x = torch.empty(len(index), x.shape[1], *[size + 2 * self.pad] * 2, dtype=torch.uint8, device=device)
         counts = torch.zeros(x.shape[1], 256, dtype=torch.int64)  # of each value: exact, and no copy in floats
-        for i, to in zip(index.split(1024), self.x.split(1024)):  # in pieces: memory is that of the result
+        for i, to in zip(index.split(256), self.x.split(256)):  # in pieces: memory is that of the result
             part = x[i]
             if part.shape[-2:] != (size, size):
                 part = transforms.functional.resize(part, [size, size], antialias=True)
@@ -769,7 +770,7 @@ class ArrayImages:
             value, n = torch.arange(256.0, dtype=torch.float64), counts.sum(1)
             mean = (counts * value).sum(1) / n
             std = ((counts * (value - mean[:, None]) ** 2).sum(1) / (n - 1)).sqrt().clamp_min(1)
-            self.mean, self.std = (v.float().view(-1, 1, 1).to(device) for v in (mean, std))
+            self.mean, self.std = (v.float().view(-1, 1, 1) for v in (mean, std))
         else:
             self.mean, self.std = like.mean, like.std
 
@@ -783,6 +784,7 @@ class ArrayImages:
             crop, flip = (t.to(device) for t in augmentation(self.seed, epoch, len(self), self.pad))
             batches = batches.to(device)  # at once: the loop itself copies nothing there and so never waits
         along, inside = torch.arange(self.size, device=device), slice(self.pad, self.pad + self.size)
+        mean, std = self.mean.to(device), self.std.to(device)
         for i in batches:
             if epoch is None:
                 i = i.to(device)
@@ -793,7 +795,7 @@ class ArrayImages:
                     columns = torch.where(flip[i, None], self.size - 1 - columns, columns)
                 rows, columns = crop[0, i, None] + along, crop[1, i, None] + columns
                 x = self.x[i[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-            yield (x.float() - self.mean) / self.std, self.y[i]
+            yield (x.float() - mean) / std, self.y[i]
 
 
 def augmentation(seed, epoch, n, pad):
@@ -966,8 +968,9 @@ class FolderImages(torch.utils.data.Dataset):
 
     mean, std = (255 * torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))  # ImageNet's
 
-    def __init__(self, samples, index, args, device):
-        self.samples, self.index, self.device = samples, index.tolist(), device
+    def __init__(self, paths, labels, index, args, device):
+        # Arrays, of bytes and numbers: lists of a million objects would be copied into each loading process by and by.
+        self.paths, self.labels, self.index, self.device = paths, labels, index, device
         self.seed, self.workers = args.seed, args.workers
         size = args.image_size
         short = math.ceil(size * 256 / 224) if args.augment == "imagenet" else size
@@ -985,8 +988,8 @@ class FolderImages(torch.utils.data.Dataset):
         return len(self.index)
 
     def __getitem__(self, key):
-        epoch, i = key[0], self.index[key[1]]
-        path, label = self.samples[i]
+        epoch, i = key[0], int(self.index[key[1]])
+        path, label = os.fsdecode(self.paths[i]), int(self.labels[i])
         try:
             if epoch is None:
                 return self.centred(decode(path)), label
@@ -1037,18 +1040,19 @@ def collate(items):
 
 def read_folders(args, world):
     """As `read_arrays`, of train/ and val/ with a folder for each class."""
-    (train, classes), (val, others) = (read_folder(args.data_dir / part, world) for part in ("train", "val"))
+    (*train, classes), (*val, others) = (read_folder(args.data_dir / part, world) for part in ("train", "val"))
     if classes != others:
         odd = sorted(set(classes) ^ set(others))
         raise UserError(f"--data-dir: train/ and val/ differ in classes: {', '.join(odd[:3])}")
-    held_out, rest = split(len(train), args)
-    paths = [path for path, _ in train + val]
-    small = args.augment != "imagenet" and 3 * args.image_size**2 * len(paths) <= IN_MEMORY
+    held_out, rest = split(len(train[0]), args)
+    paths = [os.fsdecode(path) for path in (*train[0], *val[0])]
+    bytes_each = 3 * args.image_size**2
+    small = args.augment != "imagenet" and bytes_each * len(paths) <= IN_MEMORY
 
     def check(i):
         try:
             if i % world.size == world.rank:  # headers; of val/, which is used after all training, the whole
-                decode(paths[i]) if i >= len(train) and not small else Image.open(paths[i]).close()
+                decode(paths[i]) if i >= len(train[0]) and not small else Image.open(paths[i]).close()
             return f"{os.path.relpath(paths[i], args.data_dir)} {os.path.getsize(paths[i])}"
         except Exception as e:
             return unreadable(paths[i], e)
@@ -1059,13 +1063,18 @@ def read_folders(args, world):
         raise error
     digest = hashlib.sha256("\n".join(checked).encode(errors="surrogateescape")).hexdigest()
     if small:
-        return array_sets(args, world, *in_memory(train, args, world), *in_memory(val, args, world)), classes, 3, digest
-    parts = (train, rest), (train, held_out), (val, torch.arange(len(val)))
-    return tuple(FolderImages(samples, index, args, world.device) for samples, index in parts), classes, 3, digest
+        return array_sets(args, world, *in_memory(*train, args, world), *in_memory(*val, args, world)), classes, 3, digest
+    parts = (*train, rest), (*train, held_out), (*val, torch.arange(len(val[0])))
+    sets = [FolderImages(*part, args, world.device) for part in parts]
+    if bytes_each * len(held_out) <= IN_MEMORY:  # each round needs some of them
+        x, y = in_memory(train[0][held_out.numpy()], train[1][held_out], args, world)
+        sets[1] = ArrayImages(x, y, torch.arange(len(y)), args.image_size, args.seed, world.device, like=FolderImages)
+    return sets, classes, 3, digest
 
 
 def read_folder(root, world):
-    """-> [(path, class)], names of the classes. What is hidden, and what by its name is no image, is left out."""
+    """-> paths (n,) in an array of bytes, classes (n,), their names. What is hidden, and what by its name is no image, is
+    left out."""
     if not root.is_dir():
         raise UserError(f"--data-dir: {root} is missing; expected {root.parent} to hold train/ and val/")
     left_out = Counter()
@@ -1089,21 +1098,21 @@ def read_folder(root, world):
         raise UserError(f"{which}: no images in it{rest}")
     if world.rank == 0:
         tell(f"{root}: {len(classes)} classes, {len(samples)} images{rest}")
-    return samples, classes
+    paths, labels = zip(*samples)
+    return np.array([os.fsencode(path) for path in paths]), torch.tensor(labels), classes
 
 
-def in_memory(samples, args, world):
+def in_memory(paths, labels, args, world):
     """All images, decoded once: x uint8 (n, 3, size, size), labels (n,)."""
-    x = torch.empty(len(samples), 3, args.image_size, args.image_size, dtype=torch.uint8)
-    y, where = torch.tensor([label for _, label in samples]), torch.arange(len(samples)).split(256)
-    shown = time.perf_counter()
-    images = FolderImages(samples, torch.arange(len(samples)), args, torch.device("cpu"))
+    n, shown = len(paths), time.perf_counter()
+    x, where = torch.empty(n, 3, args.image_size, args.image_size, dtype=torch.uint8), torch.arange(n).split(256)
+    images = FolderImages(paths, labels, torch.arange(n), args, torch.device("cpu"))
     for i, (part, _) in zip(where, images.raw(where)):
         x[i] = part
         if world.rank == 0 and time.perf_counter() - shown > args.log_seconds:
-            tell(f"decoded {int(i[-1]) + 1} of {len(samples)} images")
+            tell(f"decoded {int(i[-1]) + 1} of {n} images")
             shown = time.perf_counter()
-    return x, y
+    return x, labels
 
 
 # ------------------------------------------------------------------------------ files
