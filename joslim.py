@@ -82,9 +82,10 @@ class Joslim(UniformWidths):
     """Widths proposed by multi-objective Bayesian optimisation (Joslim, algorithm 2).
 
     Proposals are uniform widths until the history holds `num_prior`; then the full network joins it and a GP on
-    the observed losses proposes.
+    the logarithm of the observed losses proposes: along a front they may span a factor of fifty, and on the losses
+    themselves the worst would drown all differences between the best.
 
-    A target cost is drawn for each proposal. The paper minimises the scalarization of loss (weight 1 - lambda)
+    A target cost is drawn for each proposal, that of a uniform network of width u ~ U[lower, 1], as US-Nets draws it. The paper minimises the scalarization of loss (weight 1 - lambda)
     and cost (lambda), and bisects lambda, ten minimisations or so, until the minimiser has that cost. If there is
     such a lambda, its minimiser has the least acquisition value among the configurations of that cost. So we
     minimise on the surface of that cost, once, and every target is met. `targeted=False` draws lambda itself.
@@ -95,12 +96,12 @@ class Joslim(UniformWidths):
             a version differentiable in a. Must grow with every width. One without a gradient, a lookup table say,
             serves as well: proposals then move along the acquisition's gradient alone.
         beta: weight of the GP's variance in the (optimistic) acquisition.
-        ema: when a configuration is observed again, (1 - ema) * new + ema * (old + mean change of all)
-            is kept: averages out the noise of small batches. 0 takes the new loss.
+        ema: when a configuration is observed again, (1 - ema) * new + ema * (old + mean change of all), in
+            logarithms, is kept: averages out the noise of small batches. 0 takes the new loss.
 
     Attributes, both of which may be assigned:
         widths: (n, d) the history: the proposals that were kept, and the full network; float64.
-        losses: (n,) their losses as last observed; nan where there is none, and the GP leaves those out.
+        losses: (n,) their losses as last observed, positive; nan where there is none, and the GP leaves those out.
     """
 
     def __init__(
@@ -150,7 +151,7 @@ class Joslim(UniformWidths):
 
         Where the weights have moved, renew all, on few images rather than some on many: the GP
         averages noise out, but what is stale misleads it. nan or inf marks a configuration as not
-        observed. Raises ValueError for a wrong shape or dtype or an index that is none.
+        observed. Raises ValueError for a negative loss, a wrong shape or dtype or an index that is none.
         """
         n = len(self.widths)
         losses = torch.as_tensor(losses)
@@ -161,11 +162,12 @@ class Joslim(UniformWidths):
         require(fits, f"losses: expected shape {tuple(where.shape)}, got {tuple(losses.shape)}")
         inside = ((where >= 0) & (where < n)).all()
         require(inside, f"where: expected indices from 0 to {n - 1}")
+        require(not (losses < 0).any(), "losses: expected positive ones, as cross-entropies are")
         where, new = where.to(self.losses.device), losses.to(self.losses)
-        change = new - self.losses[where]
+        change = self.log(new) - self.log(self.losses[where])
         again = change.isfinite()
         if again.any():
-            new = torch.where(again, new - self.ema * (change - change[again].mean()), new)
+            new = torch.where(again, new * (-self.ema * (change - change[again].mean())).exp(), new)
         self.losses = self.losses.index_copy(0, where, new)
 
     def sample(self, m: int, keep: int | None = None) -> Tensor:
@@ -199,7 +201,8 @@ class Joslim(UniformWidths):
         known = self.losses.isfinite()
         require(known.any(), "losses: none is finite; observe() the history's losses before sample()")
         widths = self.widths[known].double()
-        model = GP(self.unit(widths), self.losses[known], self.hyper).fit()
+        losses = self.log(self.losses[known])
+        model = GP(self.unit(widths), losses, self.hyper).fit()
         self.hyper = model.hyper
         near = widths[shortlist(self.losses[known], self.cost_of(widths), 50)]  # where good ones are: starts
 
@@ -207,17 +210,17 @@ class Joslim(UniformWidths):
             return ucb(*model.posterior(self.unit(a)), self.beta)
 
         if self.targeted:
-            # One target from each m-th part of the cost range: uniform, and proposals of a round differ.
+            # One u from each m-th part of [lower, 1]: uniform, and proposals of a round differ.
             part = torch.randperm(m, generator=self.generator)
-            smallest = self.cost_of(widths.new_full((self.dim,), self.lower))
-            target = smallest + (1 - smallest) * ((part + self.rand(m)) / m).to(widths)
+            u = self.lower + (1 - self.lower) * ((part + self.rand(m)) / m).to(widths)
+            target = self.cost_of(u[:, None].expand(m, self.dim))
             best = self.minimize(lambda a: acquisition(self.project_to_cost(a, target)), m, near)
             return self.project_to_cost(best, target)
 
-        # Lambda uniform. The loss is scaled to [0, 1] over what is known; the cost is a ratio already.
+        # Lambda uniform. The log loss is scaled to [0, 1] over what is known; the cost is a ratio already.
         weight = self.rand(m).to(widths)
         weights = torch.stack([1 - weight, weight], -1)
-        low, high = self.losses[known].aminmax()
+        low, high = losses.aminmax()
 
         def scalarized(a):
             loss = (acquisition(a) - low) / (high - low).clamp_min(1e-12)
@@ -258,6 +261,10 @@ class Joslim(UniformWidths):
 
     def box(self, a: Tensor) -> Tensor:
         return a.clamp(self.lower, 1)
+
+    @staticmethod
+    def log(losses):
+        return losses.clamp_min(1e-6).log()  # float32 rounds a cross-entropy below that
 
     def unit(self, a):
         return ((a - self.lower) / max(1 - self.lower, 1e-9)).clamp(0, 1)  # but for rounding, they lie there

@@ -35,7 +35,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -571,18 +570,19 @@ def history(net, n, seed):
 
 @pytest.mark.parametrize("arch", ["resnet8", "resnet20", "mbv2"])
 def test_targets_are_met(arch):
-    """One target from each m-th part of the cost range: so each proposal's cost must lie in its part."""
+    """Targets are costs of uniform networks, one from each m-th part of their widths, and proposals have them."""
     net = models.build(arch, 10, 32)
     off = []
     for seed in range(5):
         sampler, drawn = history(net, 40, seed), []
-        low, project = sampler.cost(torch.full((net.num_widths,), LOWER)).item(), sampler.project_to_cost
+        project = sampler.project_to_cost
         sampler.project_to_cost = lambda a, t: (drawn.append(t), project(a, t))[1]  # noqa: B023
         off.append(sampler.cost(sampler.sample(20)) - drawn[-1])
-        part = ((drawn[-1] - low) / (1 - low) * 20).floor()
-        assert sorted(part.tolist()) == list(range(20))
+        edges = sampler.cost(torch.linspace(LOWER, 1, 21).double()[:, None].expand(-1, net.num_widths))
+        target = drawn[-1].sort().values
+        assert (target >= edges[:-1]).all() and (target <= edges[1:]).all() and (target != drawn[-1]).any()
     assert (torch.cat(off).abs() <= 0.02).double().mean() >= 0.95
-    ends = torch.tensor([low, 1.0]).double()
+    ends = edges[[0, -1]]
     reached = sampler.project_to_cost(torch.rand(2, net.num_widths).double().clamp(LOWER), ends)
     torch.testing.assert_close(sampler.cost(reached), ends, atol=0.01, rtol=0)
 
@@ -670,23 +670,23 @@ def test_only_what_is_kept_joins_the_history():
     before = sampler.widths
     new = sampler.sample(9, keep=2)
     assert new.shape == (9, 6) and torch.equal(sampler.widths, torch.cat([before, new[:2]]))
-    low = sampler.cost(torch.full((6,), LOWER)).item()
-    part = (sampler.cost(new, relaxed=True) - low) / (1 - low) * 9  # one proposal in each ninth of the range
-    assert ((part.sort().values - torch.arange(9) - 0.5).abs() < 0.6).all()
+    edges = sampler.cost(torch.linspace(LOWER, 1, 10).double()[:, None].expand(-1, 6))
+    cost = sampler.cost(new).sort().values  # one proposal in each ninth of uniform widths
+    assert (cost > edges[:-1] - 0.02).all() and (cost < edges[1:] + 0.02).all()
     start = joslim.Joslim(3, mean_width, num_prior=4)
     sizes = [(len(start.sample(5, keep=2)), len(start.widths)) for _ in range(2)]
     assert sizes == [(5, 2), (5, 5)] and (start.widths[-1] == 1).all()
 
 
 def test_averaging_shrinks_noise_and_follows_a_shift():
-    """Batches' noise shrinks to the share that theory gives; what all losses do together passes at once."""
+    """Batches' noise, a factor, shrinks to the share that theory gives; what all losses do together passes at once."""
     n, keep = 400, 0.7
     sampler = joslim.Joslim(2, mean_width, num_prior=1, ema=keep)
     sampler.widths, sampler.losses = torch.rand(n, 2).double(), torch.full((n,), torch.nan).double()
     true = torch.rand(n)
     for t in range(30):
-        sampler.observe(true - t + torch.randn(n))
-    error = sampler.losses - (true - t)
+        sampler.observe((true - t / 10 + torch.randn(n)).exp())
+    error = sampler.losses.log() - (true - t / 10)
     assert error.std().item() == pytest.approx(((1 - keep) / (1 + keep)) ** 0.5, rel=0.1)  # an AR(1)'s variance
     assert abs(error.mean()) < 0.2
     sampler.losses[:3] = torch.tensor([torch.nan, torch.inf, 5.0])
@@ -1023,9 +1023,9 @@ def test_a_long_front_is_thinned_evenly():
     cost = torch.rand(100).double()
     front = cost.argsort()[:60]
     first, last = cost[front[0]].item(), cost[front[-1]].item()
-    grid = [first + (last - first) * i / 6 for i in range(7)]
-    nearest = [min(front.tolist(), key=lambda i: abs(cost[i] - c)) for c in grid]  # noqa: B023
-    assert train.thin(front, cost, 7).tolist() == nearest
+    grid = [first * (last / first) ** (i / 6) for i in range(7)]
+    nearest = [min(front.tolist(), key=lambda i: max(cost[i] / c, c / cost[i])) for c in grid]  # noqa: B023
+    assert train.thin(front, cost, 7).tolist() == list(dict.fromkeys(nearest))
     assert torch.equal(train.thin(front, cost, 60), front)
 
 
@@ -2462,6 +2462,7 @@ def test_samplers_name_what_is_wrong():
     refuses("losses: expected", sampler.observe, torch.ones(2))
     refuses("losses, where: expected", sampler.observe, torch.ones(1), torch.ones(1))
     refuses("losses, where: expected", sampler.observe, 1j * torch.ones(3))
+    refuses("losses: expected positive", sampler.observe, torch.tensor([1.0, torch.nan, -1e-9]))
     refuses("where: expected", sampler.observe, torch.ones(1), torch.tensor([9]))
     refuses("where: expected", sampler.observe, torch.ones(1), torch.tensor([-1]))
     assert len(sampler.widths) == 3 and (sampler.losses == 1).all()  # a refused call leaves no trace

@@ -216,11 +216,12 @@ def search(run: "Run") -> Joslim:
 
 
 def thin(front: torch.Tensor, cost: torch.Tensor, size: int) -> torch.Tensor:
-    """At most `size` of the front's indices, the nearest to evenly spaced costs, ends included."""
+    """At most `size` of the front's indices, the nearest to evenly spaced logarithms of the cost, ends included."""
     if len(front) <= size:
         return front
-    grid = torch.linspace(cost[front[0]], cost[front[-1]], size, dtype=cost.dtype)
-    return front[(cost[front] - grid[:, None]).abs().argmin(1).unique()]
+    rise = cost[front].log()  # half the cost is as much of a step to a small device as to a large one
+    grid = torch.linspace(rise[0], rise[-1], size, dtype=rise.dtype)
+    return front[(rise - grid[:, None]).abs().argmin(1).unique()]
 
 
 @torch.no_grad()

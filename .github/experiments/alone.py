@@ -26,7 +26,7 @@ import train  # noqa: E402
 
 # The settings of train.py that decide how a network alone is trained.
 ITS_OWN = ("data", "arch", "image_size", "seed", "cost", "epochs", "batch_size", "lr", "warmup_epochs", "weight_decay",
-           "label_smoothing", "held_out", "calibrate_images", "amp")  # fmt: skip
+           "label_smoothing", "augment", "flip", "held_out", "calibrate_images", "amp")  # fmt: skip
 
 
 def train_alone(net, data, args):

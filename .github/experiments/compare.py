@@ -22,8 +22,9 @@ from pathlib import Path
 import numpy as np
 
 PICTURE = Path("runs", "compare.png")
-MARKS = (0.25, 0.5, 0.75, 1.0)
-COLUMNS = ["test loss", "top-1", "top-1, log", *(f"at {m:.0%}" for m in MARKS)]
+MARKS = (0.1, 0.25, 0.5, 0.75, 1.0)
+COLUMNS = ["loss", "loss, log", "top-1", "top-1, log", *(f"at {m:.0%}" for m in MARKS)]
+BY_SEED = "loss, log", "top-1", "top-1, log"
 # Settings of which no line is needed where they differ.
 TOLD = {"event", "step", "method", "trained_as", "cost", "seed", "widths", "seconds", "search_share", "torch"}
 
@@ -41,7 +42,7 @@ def read_run(folder):
             rows = list(csv.DictReader(f))
         front = {name: np.array([float(row[name]) for row in rows]) for name in rows[0] if name != "widths"}
         file = folder / "settings.json"
-        settings = json.loads(file.read_text()) if file.exists() else last_event(folder, "settings")
+        settings = json.loads(file.read_text()) if file.exists() else last_event(folder, "settings") | last_event(folder, "done")
     except (OSError, ValueError, LookupError, TypeError) as e:
         raise ValueError(f"{folder} holds no finished run ({type(e).__name__}: {e})") from None
     return settings, front
@@ -60,9 +61,8 @@ def within(front, cost, budgets):
 
 def score(front, cost, low):
     """COLUMNS of one run. low: the least budget."""
-    loss, top1 = within(front, cost, np.linspace(low, 1, 200)).mean(1)
-    log_top1 = within(front, cost, np.geomspace(low, 1, 200))[1].mean()
-    return np.array([loss, top1, log_top1, *within(front, cost, MARKS)[1]])
+    means = [within(front, cost, spaced(low, 1, 200)).mean(1) for spaced in (np.linspace, np.geomspace)]
+    return np.array([*np.stack(means, 1).flat, *within(front, cost, MARKS)[1]])
 
 
 def panels(runs):
@@ -86,7 +86,7 @@ def panels(runs):
             if s["method"] != "alone" and (s["cost"] == cost or kind(s) == "slim"):
                 if s["seed"] in kinds.setdefault(kind(s), {}):
                     raise ValueError(f"two runs are of {kind(s)}, {cost}, seed {s['seed']}")
-                kinds[kind(s)][s["seed"]] = front
+                kinds[kind(s)][s["seed"]] = front | {"time": (s["seconds"] / 60, 100 * s["search_share"])}
         low = max(front[cost][0] for by_seed in kinds.values() for front in by_seed.values())
         yield cost, low, kinds, [(s, front) for s, front in shares if s["method"] == "alone"]
 
@@ -95,7 +95,7 @@ def mean_and_spread(scores, sign=""):
     """The scores (COLUMNS,) of several seeds as texts."""
     texts = []
     for name, values in zip(COLUMNS, np.stack(scores).T):
-        digits = 4 if name == "test loss" else 2
+        digits = 4 if "loss" in name else 2
         spread = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
         texts.append("-" if np.isnan(values).any() else f"{values.mean():{sign}.{digits}f}{spread}")
     return texts
@@ -112,17 +112,22 @@ def show(rows, markdown):
 
 
 def tabulate(cost, low, kinds, alone, markdown=False):
-    print(f"\n{cost}: means over budgets from {low:.1%} to 100%, top-1 at four; mean ± standard deviation over seeds")
+    print(f"\n{cost}: means over budgets from {low:.1%} to 100%, evenly spaced in the cost and in its logarithm; top-1 at "
+          f"{len(MARKS)} budgets; mean ± standard deviation over seeds")  # fmt: skip
     scores = {name: {seed: score(front, cost, low) for seed, front in kinds[name].items()} for name in kinds}
-    rows = [[name, *mean_and_spread(list(by_seed.values())), str(len(by_seed))] for name, by_seed in scores.items()]
-    show([["", *COLUMNS, "seeds"], *rows], markdown)
+    rows = [["", *COLUMNS, "seeds", "minutes, of search"]]
+    for name, by_seed in scores.items():
+        minutes, share = np.mean([front["time"] for front in kinds[name].values()], 0)
+        rows.append([name, *mean_and_spread(list(by_seed.values())), str(len(by_seed)), f"{minutes:.1f}, {share:.0f} %"])
+    show(rows, markdown)
 
     (first, ours), *others = scores.items()
-    rows = [[f"{first}'s lead over", *COLUMNS, "top-1 by seed", "top-1, log by seed"]]
+    rows = [[f"{first}'s lead over", *COLUMNS, *(f"{c} by seed" for c in BY_SEED)]]
     for name, theirs in others:
         leads = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
         if leads:
-            by_seed = [" ".join(f"{lead[COLUMNS.index(c)]:+.2f}" for lead in leads) for c in ("top-1", "top-1, log")]
+            digits = {c: 3 if "loss" in c else 2 for c in BY_SEED}
+            by_seed = [" ".join(f"{lead[COLUMNS.index(c)]:+.{digits[c]}f}" for lead in leads) for c in BY_SEED]
             rows.append([name, *mean_and_spread(leads, "+"), *by_seed])
     show(rows, markdown)
 

@@ -15,10 +15,10 @@ PROJECT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def queue(jobs, root, at_once=2):
+def queue(jobs, root, at_once=2, script="train.py"):
     """Makes the runs ROOT/name for all jobs (name, flags) or (name, flags, names of those it needs first).
 
-    Each is `python train.py *flags --out ROOT/name --resume` in one thread, `at_once` of them at a time, in
+    Each is `python SCRIPT *flags --out ROOT/name --resume` in one thread, `at_once` of them at a time, in
     the order of the list; what it prints goes to ROOT/name.log. Finished runs are skipped and stopped ones
     continued, so a queue that was stopped is continued by the same command. After a failure none is begun;
     those under way end first, then it is raised.
@@ -31,7 +31,7 @@ def queue(jobs, root, at_once=2):
             ready = [name for name, (_, needs) in waiting.items() if needs <= finished]
             for name in ready[: at_once - len(running)]:
                 flags, _ = waiting.pop(name)
-                running[pool.submit(run, root / name, flags)] = name
+                running[pool.submit(run, root / name, flags, script)] = name
             if not running:
                 raise ValueError(f"nothing makes what these need: {', '.join(waiting)}")
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -39,13 +39,13 @@ def queue(jobs, root, at_once=2):
                 finished.add(running.pop(future))
 
 
-def run(out, flags):
+def run(out, flags, script):
     if (out / "front.csv").exists():
         print(f"{out} is finished", flush=True)
         return
     print(f"{out} begins", flush=True)
     start = time.perf_counter()
-    command = [sys.executable, "train.py", *map(str, flags), "--out", str(out.resolve()), "--resume"]
+    command = [sys.executable, script, *map(str, flags), "--out", str(out.resolve()), "--resume"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(f"{out}.log", "a") as log:
         ended = subprocess.run(command, cwd=PROJECT, env=environment, stdout=log, stderr=log)
