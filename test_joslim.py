@@ -865,7 +865,8 @@ class NoValues(TorchDispatchMode):
 
 @pytest.mark.parametrize("arch", ["resnet8", "mbv2"])
 def test_training_and_tests_ask_for_no_value(arch, tiny, tmp_path, monkeypatch):
-    args = train.parse_args([*tiny, "--arch", arch, "--epochs", "1", "--accumulate", "2", "--flip", "--out", str(tmp_path)])
+    flags = [*tiny, "--arch", arch, "--epochs", "1", "--accumulate", "2", "--flip", "--subnets", "1", "--num-prior", "1"]
+    args = train.parse_args([*flags, "--out", str(tmp_path)])
     world, losses, reduced = train.World(), [], []
     world.device = torch.device("meta")
     run = train.Run(args, world, None, [])
@@ -1574,7 +1575,8 @@ def test_real_formats_train(data, arch, make_data, tmp_path):
     rows = read_front(tmp_path / "out")
     assert list(rows[0]) == ["flops", "params", "memory", "loss", "top1", "top1_stderr", "top5", "widths"]
     classes = {"emnist": 47, "fashion-mnist": 10, "cifar10": 10, "cifar100": 100, "imagenet": 2}[data]
-    net = models.build(arch, classes, 28 if data == "emnist" else 32, 1 if data in IDX else 3)
+    divisor = 8 if data == "imagenet" else 1  # by its recipe
+    net = models.build(arch, classes, 28 if data == "emnist" else 32, 1 if data in IDX else 3, divisor)
     for row in rows:
         costs = [getattr(net, cost)(widths_of(row)).item() for cost in train.COSTS]
         assert costs == [int(row[cost]) for cost in train.COSTS]
@@ -2595,8 +2597,8 @@ def test_readmes_snippets_run(tmp_path, monkeypatch):
         exec(compile(code, "README.md", "exec"), names)
     assert len(snippets) >= 2
     plain, x = names["plain"], torch.randn(2, 3, 8, 8)
-    assert plain(x).shape == (2, 20) and not {type(m) for m in plain.modules()} & {models.Slimmable, *models.LAYERS}
-    assert macs_by_hooks(plain, x[:1]) == int(names["row"]["flops"]) and names["name"] in map(str, range(20))
+    assert plain(x).shape == (2, 60) and not {type(m) for m in plain.modules()} & {models.Slimmable, *models.LAYERS}
+    assert macs_by_hooks(plain, x[:1]) == int(names["row"]["flops"]) and names["name"] in map(str, range(60))
     own = names["net"]
     assert isinstance(own, models.Slimmable) and len(own(torch.randn(2, 3, 32, 32))) == 2
     assert [g.active for g in own.groups] != [g.max for g in own.groups]

@@ -63,6 +63,7 @@ except ImportError:  # Windows
 
 COMMON = dict(
     subnets=2,             # M: sub-networks a step, besides the full and the smallest
+    fresh_widths=False,    # M proposals for each step of a round, not M for all of them
     num_prior=20,          # n0: widths, each one for all layers, before the GP's first proposal
     beta=0.1,              # the acquisition's optimism
     lower=0.42,            # w0: the smallest width
@@ -89,8 +90,9 @@ IMAGENET = COMMON | dict(
 )  # fmt: skip
 # For two CPU cores. One sub-network a step: so short a training learns less with two.
 SYNTHETIC = COMMON | dict(
-    epochs=2, batch_size=64, lr=0.25, weight_decay=5e-4, tau=16, held_out=512, image_size=32, subnets=1, num_prior=8,
-    warmup_epochs=0.5, eval_images=64, calibrate_images=512, candidates=10, front_size=12, augment="shift",
+    epochs=8, batch_size=64, lr=0.5, weight_decay=5e-4, tau=32, held_out=1000, image_size=16, subnets=1, fresh_widths=True,
+    num_prior=8, lower=0.125, warmup_epochs=0.5, eval_images=64, calibrate_images=512, candidates=32, front_size=12,
+    augment="shift",
 )  # fmt: skip
 SMALL = COMMON | dict(
     epochs=4, batch_size=32, lr=0.5, weight_decay=5e-4, tau=150, held_out=2500, image_size=28, subnets=1,
@@ -99,7 +101,8 @@ SMALL = COMMON | dict(
 RECIPES = {
     ("synthetic", "resnet8"): SYNTHETIC,
     # Its last maps are 1 x 1, where BatchNorm averages over images alone: 32 in each of 8 processes, not 8.
-    ("synthetic", "mbv2"): SYNTHETIC | dict(epochs=10, batch_size=256, lr=0.025, eval_images=128, candidates=14),
+    ("synthetic", "mbv2"): SYNTHETIC | dict(epochs=5, batch_size=256, lr=0.05, eval_images=128, lower=0.25, image_size=32,
+                                            fresh_widths=False),
     ("fashion-mnist", "resnet8"): SMALL,
     ("fashion-mnist", "mbv2"): SMALL | dict(lr=0.05),
     ("kmnist", "resnet8"): SMALL,
@@ -179,13 +182,14 @@ def make_optimizer(net: torch.nn.Module, args: argparse.Namespace) -> torch.opti
 def find_front(run: "Run") -> torch.Tensor:
     """The configurations to test (k, d), by rising cost: non-dominated on the whole held-out split."""
     args, world, net = run.args, run.world, run.net
-    uniform = torch.linspace(args.lower, 1, args.front_size, dtype=torch.float64)[:, None].expand(-1, net.num_widths)
+    count = max(args.candidates, args.front_size)
+    uniform = torch.linspace(args.lower, 1, count, dtype=torch.float64)[:, None].expand(-1, net.num_widths)
     if args.method == "slim":
         candidates = uniform
     else:
         sampler = search(run) if args.method == "twostage" else run.sampler
         # By the last round's losses; those that no round has judged yet come along.
-        near = shortlist(sampler.losses, run.cost(sampler.widths), args.candidates)
+        near = shortlist(sampler.losses, run.cost(sampler.widths), count)
         candidates = torch.cat([uniform[[0, -1]], sampler.widths[near]])  # the two trained at every step, in any case
 
     def held_out_losses(some):
@@ -475,9 +479,9 @@ def parse_args(argv=None):
     g.add_argument("--divisor", type=whole(1), metavar="N", help="channel counts are multiples of N; 8 suits most processors")
     g.add_argument("--subnets", type=whole(1), metavar="M", help="sub-networks a step, and configurations a round")
     g.add_argument("--tau", type=whole(1), help="steps between rounds")
-    g.add_argument("--fresh-widths", action=argparse.BooleanOptionalAction, default=False,
-                   help="propose M configurations for each step of a round, of which M in all join the history "
-                        "(default: M for the round, as in the paper)")
+    g.add_argument("--fresh-widths", action=argparse.BooleanOptionalAction,
+                   help="propose M configurations for each step of a round, of which M in all join the history; "
+                        "without, M for the round, as in the paper")
     g.add_argument("--num-prior", type=whole(1), metavar="N0", help="uniform proposals before the GP's")
     g.add_argument("--beta", type=amount, help="the variance's weight in the acquisition")
     g.add_argument("--random-lambda", action=argparse.BooleanOptionalAction, default=False,
@@ -842,7 +846,7 @@ IDX = {
 def load_arrays(args, world):
     """-> (train x, train y), (test x, test y), names of the classes; x uint8 (n, c, h, w). torchvision reads the files."""
     if args.data == "synthetic":
-        return synthetic(8192 + args.held_out, 0), synthetic(4096, 1), [str(c) for c in range(20)]
+        return synthetic(16384 + args.held_out, 0), synthetic(4096, 1), [str(c) for c in range(60)]
     if not args.data_dir.is_dir():
         raise UserError(f"--data-dir: {args.data_dir} is not a folder")
     return (load_cifar if args.data in CIFARS else load_idx)(args, world)
@@ -904,30 +908,22 @@ def first_line(e):
     return (str(e).splitlines() or [""])[0]
 
 
-def synthetic(n, seed, classes=20, parts=14, size=32, patch=11):
-    """n images (n, 3, 32, 32) uint8 and labels: each class is a triple of coloured patches.
+def synthetic(n, seed, classes=60, size=16):
+    """n images (n, 3, 16, 16) uint8 and labels: each class is a smooth pattern of colours, shifted, under clouds and noise.
 
-    The patches lie anywhere, over clouds and noise, and classes share them. A network must keep
-    apart all 14 patches, which takes channels.
+    Made so that widths matter: the last layers of a narrow network cannot tell so many classes apart.
     """
     g = seeded(0)
-    shapes = F.avg_pool2d(F.pad(torch.randn(parts, 3, patch, patch, generator=g), (1, 1, 1, 1), "replicate"), 3, 1)
-    r = torch.linspace(-1, 1, patch)
-    shapes = shapes * (1 - r[:, None] ** 2 - r**2).clamp_min(0).sqrt()
-    shapes /= shapes.std((1, 2, 3), keepdim=True)
-    triples = torch.combinations(torch.arange(parts), 3)
-    members = triples[torch.randperm(len(triples), generator=g)[:classes]]
+    patterns = F.interpolate(torch.randn(classes, 3, 7, 7, generator=g), size * 3 // 2, mode="bicubic", align_corners=True)
 
     g = seeded(1, seed)
     y = torch.randint(classes, (n,), generator=g)
-    x = 0.5 * F.interpolate(torch.randn(n, 3, 5, 5, generator=g), size, mode="bilinear", align_corners=True)
-    x += 0.3 * torch.randn(n, 3, size, size, generator=g)
-    image, along = torch.arange(n)[:, None, None], torch.arange(patch)
-    for part in members[y].T:
-        top, left = torch.randint(size - patch + 1, (2, n, 1), generator=g)
-        where = image, slice(None), (top + along)[:, :, None], (left + along)[:, None, :]
-        gain = 0.8 + 0.8 * torch.rand(n, 1, 1, 1, generator=g)
-        x[where] += (gain * shapes[part]).permute(0, 2, 3, 1)
+    x = 0.7 * F.interpolate(torch.randn(n, 3, 5, 5, generator=g), size, mode="bilinear", align_corners=True)
+    x += 0.5 * torch.randn(n, 3, size, size, generator=g)
+    top, left = torch.randint(size // 2 + 1, (2, n, 1), generator=g)
+    rows, columns = top + torch.arange(size), left + torch.arange(size)
+    gain = 0.7 + 0.6 * torch.rand(n, 1, 1, 1, generator=g)
+    x += gain * patterns[y[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
     return (32 * x + 128).clamp(0, 255).byte(), y
 
 

@@ -2,7 +2,7 @@
 """Kanji of Debian's fonts, to be read in fonts that were never trained on: an image folder for `train.py --data imagenet`.
 
     python .github/experiments/kanji.py --packages           # the Debian packages that it wants, for `apt-get install`
-    python .github/experiments/kanji.py DIR --classes 200    # DIR/train/<character>/*.png and DIR/val/
+    python .github/experiments/kanji.py DIR                  # DIR/train/<character>/*.png, DIR/val/, and DIR/sample.png
 
 Nothing is installed, and what is installed decides: the faces found are printed, and the same fonts give the same images,
 byte for byte. Of each face of each package it is tested which of the 2965 kanji of JIS level 1 it has. A face that looks like
@@ -122,6 +122,20 @@ def distort(ink, g):
     return (255 * x).round().clamp(0, 255).byte()
 
 
+def show(folder, characters, columns=20):
+    """A sheet of images, a character a column: a third of the training faces, a white line, and those of the tests."""
+    rows = []
+    for part in ("train", "val"):
+        names = sorted(path.name for path in (folder / part / characters[0]).glob("*-0.png"))
+        names = names[::3] if part == "train" else names
+        rows += [[Image.open(folder / part / c / name) for c in characters[:columns]] for name in names] + [[]]
+    sheet = Image.new("L", (PIXELS * columns, PIXELS * (len(rows) - 1)), 255)
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            sheet.paste(image, (PIXELS * x, PIXELS * y))
+    sheet.save(folder / "sample.png", optimize=True)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("dir", type=Path, nargs="?", metavar="DIR")
@@ -157,6 +171,7 @@ def main():
             folder.mkdir(parents=True, exist_ok=True)
             Image.frombytes("L", (PIXELS, PIXELS), pixels.numpy().tobytes()).save(folder / f"{name}-{k % each}.png")
         print(f"{part:5} {name}", flush=True)
+    show(args.dir, characters)
 
 
 if __name__ == "__main__":

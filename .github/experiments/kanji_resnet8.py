@@ -7,7 +7,7 @@
 Eight epochs, seven runs a seed, one thread each: half an hour of two cores a seed. Runs go to runs/kanji/, their figures to
 results/kanji/, the picture to .github/kanji.png. A queue that was stopped is continued by the same command.
 
-All share data, steps, learning rate, smallest width, one sub-network a step, a fresh one every step, and the number of
+All share data, steps, learning rate, smallest width, two sub-networks a step, fresh ones every step, and the number of
 configurations visited. Finished weights are searched on 1000 held-out images, each configuration once; joslim judges all of its
 history every round, on 128. Settings were chosen on seeds 10 and 11.
 """
@@ -20,7 +20,7 @@ import runs
 
 ROOT = Path("runs", "kanji")
 SETTINGS = """--data imagenet --arch resnet8 --image-size 24 --augment shift --no-flip --batch-size 64 --epochs 8 --lr 1
-              --warmup-epochs 0.5 --weight-decay 5e-4 --label-smoothing 0 --lower 0.125 --divisor 1 --subnets 1 --tau 50
+              --warmup-epochs 0.5 --weight-decay 5e-4 --label-smoothing 0 --lower 0.25 --divisor 1 --subnets 2 --tau 100
               --fresh-widths --num-prior 10 --held-out 2500 --calibrate-images 2048 --front-size 20 --workers 1""".split()
 
 
