@@ -976,7 +976,8 @@ class FolderImages(torch.utils.data.Dataset):
         augment = {
             "none": centre,
             "shift": [*centre, transforms.RandomCrop(size, padding=size // 8, padding_mode="reflect")],
-            "imagenet": [transforms.RandomResizedCrop(size, scale=(0.25, 1)), transforms.ColorJitter(0.4, 0.4, 0.4)],
+            "imagenet": [transforms.PILToTensor(),  # a tenth faster than on Pillow's images: loading.py
+                         transforms.RandomResizedCrop(size, scale=(0.25, 1)), transforms.ColorJitter(0.4, 0.4, 0.4)],
         }[args.augment]
         flip = [transforms.RandomHorizontalFlip()] if args.flip else []
         self.centred = transforms.Compose([*centre, transforms.PILToTensor()])
@@ -992,7 +993,7 @@ class FolderImages(torch.utils.data.Dataset):
             if epoch is None:
                 return self.centred(decode(path)), label
             with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
-                torch.manual_seed(seeded(4, self.seed, epoch, i).initial_seed())
+                torch.default_generator.set_state(seeded(4, self.seed, epoch, i).get_state())
                 return self.augmented(decode(path)), label
         except Exception as e:  # a damaged file makes its readers raise nearly anything
             return unreadable(path, e)  # not raised: a worker's exception would come with its traceback around it
