@@ -85,10 +85,11 @@ class Joslim(UniformWidths):
     the logarithm of the observed losses proposes: along a front they may span a factor of fifty, and on the losses
     themselves the worst would drown all differences between the best.
 
-    A target cost is drawn for each proposal, that of a uniform network of width u ~ U[lower, 1], as US-Nets draws it. The paper minimises the scalarization of loss (weight 1 - lambda)
-    and cost (lambda), and bisects lambda, ten minimisations or so, until the minimiser has that cost. If there is
-    such a lambda, its minimiser has the least acquisition value among the configurations of that cost. So we
-    minimise on the surface of that cost, once, and every target is met. `targeted=False` draws lambda itself.
+    A target cost is drawn for each proposal, that of a uniform network of width u ~ U[lower, 1], as US-Nets draws
+    it. The paper minimises the scalarization of loss (weight 1 - lambda) and cost (lambda), and bisects lambda, ten
+    minimisations or so, until the minimiser has that cost. If there is such a lambda, its minimiser has the least
+    acquisition value among the configurations of that cost. So we minimise on the surface of that cost, once, and
+    every target is met. `targeted=False` draws lambda itself.
 
     Args:
         dim: d, the number of widths.

@@ -644,6 +644,16 @@ def test_proposals_beat_random(targeted):
     assert len(sampler.widths.unique(dim=0)) == n or not targeted
 
 
+def test_losses_count_by_their_ratios():
+    """A GP on logarithms sees the same in 3 l^2 as in l; one on the losses themselves would not."""
+    net = models.build("resnet8", 10, 32)
+    one, two, raw = (history(net, 30, 0) for _ in range(3))
+    two.losses, raw.losses = 3 * one.losses**2, one.losses.exp()
+    new = one.sample(4)
+    torch.testing.assert_close(two.sample(4), new, atol=1e-3, rtol=0)
+    assert (raw.sample(4) - new).abs().max() > 0.02  # the test can fail
+
+
 def test_uniform_and_random_widths():
     """Both fill [lower, 1] evenly; uniform ones are one width for the whole network, random ones one each."""
     uniform, random = (kind(3, lower=0.2).sample(4000, keep=2) for kind in (joslim.UniformWidths, joslim.RandomWidths))
@@ -1596,6 +1606,7 @@ def test_methods_and_costs(flags, tiny, tmp_path):
     assert costs == sorted(costs) and 2 <= len(rows) <= 4
     uniform = [len(set(r["widths"].split())) == 1 for r in rows]
     assert all(uniform) if method == "slim" else uniform[-1]
+    assert read_log(tmp_path, "front")[0]["candidates"] > 2 * len(rows)  # slim's, too, are more than are tested
     (settings,), (done,), steps = (read_log(tmp_path, event) for event in ("settings", "done", "train"))
     assert (settings["method"], settings["cost"]) == (method, cost) and 0 <= done["search_share"] < 1
     assert len(steps) == 8 and all(len(e["losses"]) == 4 for e in steps) and read_state(tmp_path)["step"] == 8

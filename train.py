@@ -60,6 +60,7 @@ except ImportError:  # Windows
 
 # Each entry is a default that the flag of its name overrules (`candidates` has none). The first
 # network of a data set is its default; any other that is not listed takes the first one's recipe.
+# `lr` is for batches of 256.
 
 COMMON = dict(
     subnets=2,             # M: sub-networks a step, besides the full and the smallest
@@ -136,11 +137,12 @@ def train(run: "Run") -> None:
                         images, labels = data.held_out(run.step // tau)
                         history_losses = evaluate(net, sampler.widths, images, labels, args.amp)
                         run.observe(world.mean(history_losses))
-                    # 2. Fit a GP to these losses, 3. propose, 4. append M of the proposals to the history (all would be
+                    # 2. Fit a GP to these losses, 3. propose, 4. append the first M proposals to the history (all would be
                     # too many to re-evaluate): joslim.py's `Joslim.sample`, on process 0 for all.
                     run.proposals = world.propose(sampler, per_round, keep=args.subnets)
 
-            # A step: the full network learns from the labels, M proposals and the smallest network from its softmax.
+            # A step: the full network learns from the labels; M proposals and the smallest network from the full one's
+            # softmax, or with --no-distillation from the labels, too.
             # Their gradients add up; the mean of these sums over processes is all that is communicated between rounds, and
             # in the same message whether a signal asked any of them to stop.
             turns = run.proposals.split(args.subnets)  # one, unless --fresh-widths
@@ -188,7 +190,7 @@ def find_front(run: "Run") -> torch.Tensor:
         candidates = uniform
     else:
         sampler = search(run) if args.method == "twostage" else run.sampler
-        # By the last round's losses; those that no round has judged yet come along.
+        # Those nearest the front by the last round's losses; the ones that no round has judged yet come along.
         near = shortlist(sampler.losses, run.cost(sampler.widths), count)
         candidates = torch.cat([uniform[[0, -1]], sampler.widths[near]])  # the two trained at every step, in any case
 
@@ -755,7 +757,7 @@ def split(n, args):
 class ArrayImages:
     """A small data set: one uint8 tensor (n, c, h, w) on the device, augmented in whole batches there.
 
-    x[index], resized to `size`; in training, crops of it, mirrored edges padding it by an eighth, where `shift`, and flips where `flip`.
+    x[index], resized to `size`; in training, crops of it padded by an eighth, mirrored, where `shift`, flips where `flip`.
     mean, std: (c, 1, 1), of values up to 255; of these very images where they are None.
     """
 

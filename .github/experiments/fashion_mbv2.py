@@ -23,31 +23,12 @@ SETTINGS = """--data fashion-mnist --arch mbv2 --batch-size 64 --epochs 2 --lr 0
               --tau 15 --fresh-widths --num-prior 10 --held-out 5000 --front-size 12 --no-distillation""".split()
 
 
-def list_jobs(data_dir, seeds):
-    jobs = []
-    for seed in seeds:
-        shared = [*SETTINGS, "--data-dir", data_dir, "--seed", seed]
-        slim, twostage = f"slim-{seed}", f"twostage-flops-{seed}"
-        for name, flags, *needs in (
-            (f"joslim-flops-{seed}", "--cost flops --eval-images 64"),
-            (f"joslim-memory-{seed}", "--cost memory --eval-images 64"),
-            (slim, "--method slim"),
-            (twostage, "--method twostage --eval-images 1000"),
-            # Random widths are the same whatever the cost: these weights serve memory too.
-            (f"twostage-memory-{seed}", f"--search {ROOT}/{twostage} --cost memory --eval-images 1000", [twostage]),
-            (f"slimsearched-flops-{seed}", f"--search {ROOT}/{slim} --cost flops --eval-images 1000", [slim]),
-            (f"slimsearched-memory-{seed}", f"--search {ROOT}/{slim} --cost memory --eval-images 1000", [slim]),
-        ):
-            jobs.append((name, [*shared, *flags.split()], *needs))
-    return jobs
-
-
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("data_dir", type=Path, metavar="DATA_DIR")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     args = p.parse_args()
-    jobs = list_jobs(args.data_dir.resolve(), args.seeds)
+    jobs = runs.list_methods(ROOT, SETTINGS, args.data_dir.resolve(), args.seeds, eval_images=64)
     runs.queue(jobs, ROOT)
     kept = runs.keep(ROOT, [name for name, *_ in jobs], "fashion-mbv2")
     compare.compare(kept, Path(".github", "fashion-mbv2.png"))

@@ -24,31 +24,12 @@ SETTINGS = """--data imagenet --arch resnet8 --image-size 24 --augment shift --n
               --fresh-widths --num-prior 10 --held-out 2500 --calibrate-images 2048 --front-size 20 --workers 1""".split()
 
 
-def list_jobs(data_dir, seeds):
-    jobs = []
-    for seed in seeds:
-        shared = [*SETTINGS, "--data-dir", data_dir, "--seed", seed]
-        slim, twostage = f"slim-{seed}", f"twostage-flops-{seed}"
-        for name, flags, *needs in (
-            (f"joslim-flops-{seed}", "--cost flops --eval-images 128"),
-            (f"joslim-memory-{seed}", "--cost memory --eval-images 128"),
-            (slim, "--method slim --eval-images 128"),
-            (twostage, "--method twostage --eval-images 1000"),
-            # Random widths are the same whatever the cost: these weights serve memory too.
-            (f"twostage-memory-{seed}", f"--search {ROOT}/{twostage} --cost memory --eval-images 1000", [twostage]),
-            (f"slimsearched-flops-{seed}", f"--search {ROOT}/{slim} --cost flops --eval-images 1000", [slim]),
-            (f"slimsearched-memory-{seed}", f"--search {ROOT}/{slim} --cost memory --eval-images 1000", [slim]),
-        ):
-            jobs.append((name, [*shared, *flags.split()], *needs))
-    return jobs
-
-
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("data_dir", type=Path, metavar="DIR")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     args = p.parse_args()
-    jobs = list_jobs(args.data_dir.resolve(), args.seeds)
+    jobs = runs.list_methods(ROOT, SETTINGS, args.data_dir.resolve(), args.seeds, eval_images=128)
     runs.queue(jobs, ROOT)
     kept = runs.keep(ROOT, [name for name, *_ in jobs], "kanji")
     compare.compare(kept, Path(".github", "kanji.png"))

@@ -3,7 +3,7 @@
 
     python .github/experiments/loading.py
 
-100 JPEGs of 500 x 375 pixels and some 110 KB, made in code (ImageNet's average), in one thread: as train.py loads them (Pillow's
+100 JPEGs made in code, of 500 x 375 pixels (ImageNet's average) and some 90 KB, in one thread: as train.py loads them (Pillow's
 decoder, torchvision's transforms on tensors, seeded for each image); without the seeds, as are the next two: the same transforms
 on Pillow's images, and torchvision's decoder instead of Pillow's. The best of five passes each; they take turns.
 """

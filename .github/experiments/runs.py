@@ -1,4 +1,4 @@
-"""For the experiments of this folder: `queue` makes runs of train.py, `keep` keeps their figures in results/."""
+"""For the experiments of this folder: `list_methods` lists, `queue` makes runs of train.py, `keep` keeps their figures in results/."""
 
 import json
 import os
@@ -13,6 +13,30 @@ from compare import last_event
 
 PROJECT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def list_methods(root, settings, data_dir, seeds, eval_images):
+    """Jobs (name, flags, needs) that compare the methods: seven of each seed, for FLOPs and for memory.
+
+    `joslim` judges all of its history every round, on `eval_images`; finished weights are searched on 1000 held-out images,
+    each configuration once.
+    """
+    jobs = []
+    for seed in seeds:
+        shared = [*settings, "--data-dir", data_dir, "--seed", seed]
+        slim, twostage = f"slim-{seed}", f"twostage-flops-{seed}"
+        for name, flags, *needs in (
+            (f"joslim-flops-{seed}", f"--cost flops --eval-images {eval_images}"),
+            (f"joslim-memory-{seed}", f"--cost memory --eval-images {eval_images}"),
+            (slim, f"--method slim --eval-images {eval_images}"),
+            (twostage, "--method twostage --eval-images 1000"),
+            # Random widths are the same whatever the cost: these weights serve memory too.
+            (f"twostage-memory-{seed}", f"--search {root}/{twostage} --cost memory --eval-images 1000", [twostage]),
+            (f"slimsearched-flops-{seed}", f"--search {root}/{slim} --cost flops --eval-images 1000", [slim]),
+            (f"slimsearched-memory-{seed}", f"--search {root}/{slim} --cost memory --eval-images 1000", [slim]),
+        ):
+            jobs.append((name, [*shared, *flags.split()], *needs))
+    return jobs
 
 
 def queue(jobs, root, at_once=2, script="train.py"):
