@@ -125,6 +125,18 @@ def train(run: "Run") -> None:
     tau = args.tau if args.method == "joslim" else 1
     per_round = args.subnets * (tau if args.fresh_widths else 1)  # M for all steps till the next round, or M for each
 
+    @Replay  # a GPU is told once a round what to do, not in every step
+    def add_gradients(x, y, widths):
+        """The full network learns from the labels; M proposals and the smallest network from the full one's softmax, or with
+        --no-distillation from the labels, too. Their gradients add up in `net` -> losses (M + 2,), in that order."""
+        run.optimizer.zero_grad()
+        parts = zip(x.chunk(args.accumulate), y.chunk(args.accumulate))
+        losses = [
+            sandwich_step(net, *part, widths, args.lower, label_smoothing=args.label_smoothing, amp=args.amp,
+                          scale=1 / args.accumulate, distill=args.distillation) for part in parts
+        ]  # fmt: skip
+        return torch.stack(losses).mean(0)
+
     for epoch in range(run.step // data.steps, args.epochs):
         for x, y in run.loading(data.train(epoch, run.step % data.steps)):  # this process's share of each batch
 
@@ -141,18 +153,11 @@ def train(run: "Run") -> None:
                     # too many to re-evaluate): joslim.py's `Joslim.sample`, on process 0 for all.
                     run.proposals = world.propose(sampler, per_round, keep=args.subnets)
 
-            # A step: the full network learns from the labels; M proposals and the smallest network from the full one's
-            # softmax, or with --no-distillation from the labels, too.
-            # Their gradients add up; the mean of these sums over processes is all that is communicated between rounds, and
-            # in the same message whether a signal asked any of them to stop.
+            # A step. The mean of the gradients over processes is all that is communicated between rounds, and in the same
+            # message whether a signal asked any of them to stop.
             turns = run.proposals.split(args.subnets)  # one, unless --fresh-widths
             widths = turns[run.step % len(turns)]
-            run.optimizer.zero_grad()
-            parts = list(zip(x.chunk(args.accumulate), y.chunk(args.accumulate)))
-            losses = [
-                sandwich_step(net, *part, widths, args.lower, label_smoothing=args.label_smoothing, amp=args.amp,
-                              scale=1 / len(parts), distill=args.distillation) for part in parts
-            ]  # fmt: skip
+            losses = add_gradients(x, y, widths)
             world.average_gradients(net)
             for group in run.optimizer.param_groups:
                 group["lr"] = learning_rate(run.step, data.steps, args)
@@ -160,7 +165,7 @@ def train(run: "Run") -> None:
             run.step += 1
 
             # Now and then a progress line, a checkpoint; the end, of all processes alike, where one was asked to stop.
-            run.after_step(epoch, widths, torch.stack(losses).mean(0))
+            run.after_step(epoch, widths, losses)
 
 
 def learning_rate(step: int, steps_per_epoch: int, args: argparse.Namespace) -> float:
@@ -571,7 +576,8 @@ class World:
             torch.cuda.set_device(self.device)
         if self.size > 1:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=PATIENCE, rank=self.rank, world_size=self.size, store=store)
+            dist.init_process_group(backend, timeout=PATIENCE, rank=self.rank, world_size=self.size, store=store,
+                                    device_id=self.device if self.device.type == "cuda" else None)  # fmt: skip
         return self
 
     def find_others(self):
@@ -660,9 +666,16 @@ class World:
         *parts, asked = joined.split([*(g.numel() for g in grads), 1])
         for g, part in zip(grads, parts):
             g.copy_(part.view_as(g))
-        self.requests.append(asked)
-        if len(self.requests) > (0 if self.device.type == "cpu" else 2):  # an old one is read without waiting for a GPU
-            self.stopping = self.requests.popleft().item() > 0
+        copied = None
+        if self.device.type == "cuda":  # reading it there would wait for all that is queued
+            asked, copied = asked.to("cpu", non_blocking=True), torch.cuda.Event()
+            copied.record()
+        self.requests.append((asked, copied))
+        if len(self.requests) > (0 if self.device.type == "cpu" else 2):  # an old copy has long arrived
+            asked, copied = self.requests.popleft()
+            if copied:
+                copied.synchronize()
+            self.stopping = asked.item() > 0
 
     def from_first(self, value):
         """Process 0's value, of tensors and plain values, on every process."""
@@ -698,6 +711,35 @@ class World:
     def wait(self):
         if self.size > 1:
             self.together(dist.barrier)
+
+
+class Replay:
+    """fn(x, y, widths) -> a tensor; where a GPU does it again and again with the same widths, as one CUDA graph.
+
+    Kernels of small networks, or of few images, end sooner than Python launches the next: a graph, recorded once, launches
+    all. What else fn leaves, the gradients, stays where the recording put it: nothing else may replace them.
+    """
+
+    def __init__(self, fn):
+        self.fn, self.widths, self.seen, self.graph = fn, None, 0, None
+
+    def __call__(self, x, y, widths):
+        if x.device.type != "cuda":
+            return self.fn(x, y, widths)
+        if self.widths is None or not torch.equal(widths, self.widths):
+            self.widths, self.seen, self.graph = widths, 0, None
+        self.seen += 1
+        if self.seen < 4:  # fewer steps do not pay for a recording, and cuDNN must have made its plans
+            return self.fn(x, y, widths)
+        if not self.graph:
+            self.inputs, graph = (x.clone(), y.clone()), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # another thread may be pinning images
+                self.losses = self.fn(*self.inputs, widths)
+            self.graph = graph
+        for kept, new in zip(self.inputs, (x, y)):
+            kept.copy_(new)
+        self.graph.replay()
+        return self.losses.clone()
 
 
 # ------------------------------------------------------------------------------ data
