@@ -5,12 +5,15 @@
 
 resnet8 on kanji, with the settings and as many epochs as kanji_resnet8.py has. At 15, 25 and 50 % of the FLOPs and of the memory:
 the uniform network with three seeds, and ten whose widths are drawn at random and then widened or narrowed alike to that cost;
-each a minute or two of one thread. Figures go to results/kanji-alone/. A queue that was stopped is continued by the same
-command.
+and, of the runs that lie in results/kanji/, the networks that `joslim` and `slim` offer within 10, 25 and 50 %. Each is a minute
+or two of one thread. Figures go to results/kanji-alone/. A queue that was stopped is continued by the same command.
+
+    python .github/experiments/kanji_ceiling.py DIR --found 0 1      # these seeds' found widths only
 """
 
 import argparse
 import csv
+import itertools
 import shutil
 import sys
 from pathlib import Path
@@ -26,27 +29,43 @@ from joslim import Joslim, RandomWidths  # noqa: E402
 
 ROOT, KEPT = Path("runs", "kanji-alone"), runs.RESULTS / "kanji-alone"
 COSTS, SHARES, RANDOM, SEEDS = ("flops", "memory"), (0.25, 0.5, 0.15), 10, 3
+FOUND = (0.25, 0.5, 0.1)  # within which found networks are taken
 LOWER = float(kanji_resnet8.SETTINGS[kanji_resnet8.SETTINGS.index("--lower") + 1])
 
 
-def list_jobs(data_dir, classes=200):
-    """(name, flags) of all networks."""
+def flags_of(widths, data_dir, seed):
+    text = widths if isinstance(widths, str) else " ".join(f"{w:.6g}" for w in widths.tolist())
+    return ["--widths", text, *kanji_resnet8.SETTINGS, "--data-dir", data_dir, "--eval-images", 128, "--seed", seed]
+
+
+def list_drawn(data_dir, classes=200):
+    """(name, flags) of uniform and random networks."""
     net = models.build("resnet8", classes, 24)
     jobs = []
-    for share in SHARES:
-        for cost in COSTS:
-            full = getattr(net, cost)(1.0)
-            sampler = Joslim(net.num_widths, lambda a, relaxed=False: getattr(net, cost)(a, relaxed) / full, LOWER)  # noqa: B023
-            target = torch.full((RANDOM,), share, dtype=torch.float64)
-            uniform = sampler.project_to_cost(torch.full((1, net.num_widths), 0.5, dtype=torch.float64), target[:1])
-            others = sampler.project_to_cost(RandomWidths(net.num_widths, LOWER).sample(RANDOM), target)
-            named = [(f"uniform-{seed}", uniform[0], seed) for seed in range(SEEDS)]
-            named += [(f"random-{i}", a, 0) for i, a in enumerate(others)]
-            for name, a, seed in named:
-                widths = " ".join(f"{w:.6g}" for w in a.tolist())
-                flags = ["--widths", widths, *kanji_resnet8.SETTINGS, "--data-dir", data_dir, "--eval-images", 128, "--seed", seed]
-                jobs.append((f"{cost}-{share:.0%}-{name}", flags))
+    for share, cost in itertools.product(SHARES, COSTS):
+        full = getattr(net, cost)(1.0)
+        sampler = Joslim(net.num_widths, lambda a, relaxed=False: getattr(net, cost)(a, relaxed) / full, LOWER)  # noqa: B023
+        target = torch.full((RANDOM,), share, dtype=torch.float64)
+        uniform = sampler.project_to_cost(torch.full((1, net.num_widths), 0.5, dtype=torch.float64), target[:1])
+        others = sampler.project_to_cost(RandomWidths(net.num_widths, LOWER).sample(RANDOM), target)
+        named = [(f"uniform-{seed}", uniform[0], seed) for seed in range(SEEDS)]
+        named += [(f"random-{i}", a, 0) for i, a in enumerate(others)]
+        jobs += [(f"{cost}-{share:.0%}-{name}", flags_of(a, data_dir, seed)) for name, a, seed in named]
     return jobs
+
+
+def list_found(data_dir, seeds):
+    """(name, flags) of the widths that joslim and slim offer, and the top-1 that these have there by name."""
+    jobs, shared = [], {}
+    for seed, share, cost, method in itertools.product(seeds, FOUND, COSTS, ("joslim", "slim")):
+        with open(runs.RESULTS / "kanji" / (f"joslim-{cost}-{seed}" if method == "joslim" else f"slim-{seed}") / "front.csv") as f:
+            rows = list(csv.DictReader(f))
+        within = [row for row in rows if float(row[cost]) <= share * float(rows[-1][cost])]
+        if within:
+            name = f"{cost}-{share:.0%}-{method}-{seed}"
+            jobs.append((name, flags_of(within[-1]["widths"], data_dir, seed)))
+            shared[name] = float(within[-1]["top1"])
+    return jobs, shared
 
 
 def read(name):
@@ -64,13 +83,22 @@ def show(names):
             print(f"{group} {what}: uniform {texts[0]}; others {texts[1]}")
 
 
+def show_found(shared):
+    """Top-1 in the slimmable network and alone."""
+    for name, top1 in shared.items():
+        print(f"{name}: {top1:.2f} in the slimmable network, {read(name)[0]:.2f} alone")
+
+
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("data_dir", type=Path, metavar="DIR")
-    jobs = list_jobs(p.parse_args().data_dir.resolve())
+    p.add_argument("--found", type=int, nargs="+", metavar="SEED")
+    args = p.parse_args()
+    folder = args.data_dir.resolve()
+    jobs, shared = list_found(folder, args.found) if args.found else (list_drawn(folder), {})
     runs.queue(jobs, ROOT, script=".github/experiments/alone.py")
     for name, _ in jobs:
         (KEPT / name).mkdir(parents=True, exist_ok=True)
         for file in ("front.csv", "settings.json"):
             shutil.copyfile(ROOT / name / file, KEPT / name / file)
-    show([name for name, _ in jobs])
+    show_found(shared) if args.found else show([name for name, _ in jobs])
