@@ -948,7 +948,7 @@ def test_no_step_waits_for_the_gpu(data, more, request, tmp_path, monkeypatch):
 
     def meet(world, device):
         world.device, world.size = torch.device("cuda", 0), Lone(1)
-        train.dist.init_process_group("nccl", store=train.dist.HashStore(), rank=0, world_size=1, device_id=world.device)
+        train.dist.init_process_group("nccl", store=train.dist.HashStore(), rank=0, world_size=1)
         return world
 
     def watched(step, steps, args):  # from the epoch's first step to its last; a round and a checkpoint may wait
@@ -2085,6 +2085,18 @@ def test_one_of_two_processes_is_stopped(which, tiny, tmp_path):
         os.kill(runs[rank].pid, signal.SIGTERM)
         time.sleep(0.05)
     codes, errs = zip(*(run.finish(20) for run in runs))
+    assert codes == (143, 143) and "".join(errs).count("\n") == 1, errs
+    stopped(tmp_path, "".join(errs))
+
+
+def test_one_of_two_processes_is_stopped_after_its_last_message(tiny, tmp_path):
+    """Too late for the last step's message: they agree once more before the front, which takes both."""
+    late = ("after = train.Run.after_step\n"
+            "def then(run, *a):\n"
+            "    after(run, *a)\n"
+            "    run.step == run.steps and os.kill(os.getpid(), signal.SIGTERM)\n"
+            "train.Run.after_step = then")  # fmt: skip
+    codes, errs = zip(*(run.finish(20) for run in two([*tiny, "--out", str(tmp_path)], ("", late))))
     assert codes == (143, 143) and "".join(errs).count("\n") == 1, errs
     stopped(tmp_path, "".join(errs))
 

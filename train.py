@@ -118,17 +118,17 @@ RECIPES = {
 
 
 def train(run: "Run") -> None:
-    """Joslim, algorithm 2: every tau steps a round proposes widths, every step trains some of them."""
+    """Joslim, the paper's algorithm 2: every tau steps a round proposes widths, every step trains some of them."""
     args, world, data, net, sampler = run.args, run.world, run.data, run.net, run.sampler
     # `slim` (one width for all layers) and `twostage` (one for each) are the same loop with a round, in which they
     # draw at random, before every step.
     tau = args.tau if args.method == "joslim" else 1
     per_round = args.subnets * (tau if args.fresh_widths else 1)  # M for all steps till the next round, or M for each
 
-    @Replay  # a GPU is told once a round what to do, not in every step
+    @Replay  # on a GPU, steps of the same widths are launched as one; elsewhere it changes nothing
     def add_gradients(x, y, widths):
-        """The full network learns from the labels; M proposals and the smallest network from the full one's softmax, or with
-        --no-distillation from the labels, too. Their gradients add up in `net` -> losses (M + 2,), in that order."""
+        """The full network learns from the labels; M proposals and the smallest network from the full one's softmax. (With
+        --no-distillation all learn from the labels.) Their gradients add up in `net` -> losses (M + 2,), in that order."""
         run.optimizer.zero_grad()
         parts = zip(x.chunk(args.accumulate), y.chunk(args.accumulate))
         losses = [
@@ -149,12 +149,12 @@ def train(run: "Run") -> None:
                         images, labels = data.held_out(run.step // tau)
                         history_losses = evaluate(net, sampler.widths, images, labels, args.amp)
                         run.observe(world.mean(history_losses))
-                    # 2. Fit a GP to these losses, 3. propose, 4. append the first M proposals to the history (all would be
-                    # too many to re-evaluate): joslim.py's `Joslim.sample`, on process 0 for all.
+                    # 2. Fit a GP to these losses, 3. propose, 4. append the first M proposals to the history (--fresh-widths
+                    # makes more, too many to re-evaluate all): joslim.py's `Joslim.sample`, on process 0 for all.
                     run.proposals = world.propose(sampler, per_round, keep=args.subnets)
 
-            # A step. The mean of the gradients over processes is all that is communicated between rounds, and in the same
-            # message whether a signal asked any of them to stop.
+            # A step. Processes send each other one message: gradients, whose mean all take, and whether a signal asked any of
+            # them to stop.
             turns = run.proposals.split(args.subnets)  # one, unless --fresh-widths
             widths = turns[run.step % len(turns)]
             losses = add_gradients(x, y, widths)
@@ -278,22 +278,22 @@ def test_front(run: "Run", front: torch.Tensor) -> dict[str, torch.Tensor]:
 def main(argv: list[str] | None = None) -> int:
     """A whole run -> its exit code. What the user can mend is one line on stderr, from one process."""
     argv = sys.argv[1:] if argv is None else argv
-    world, run, others = World(), None, multiprocessing.active_children()
+    world, run, others, code = World(), None, multiprocessing.active_children(), 1
     with handling_signals(world.ask):
         try:
             args = parse_args(argv)
             world.meet(args.device)
             if args.export is not None or args.benchmark:
                 (export if args.export is not None else benchmark)(args, world)
-                return 0
-            with run_folder(args, world) as log_file:
-                run = Run(args, world, log_file, argv)
-                with world.finishing_steps():
-                    train(run)
-                with run.searching():
-                    front = find_front(run)
-                run.report(test_front(run, front))
-            return 0
+            else:
+                with run_folder(args, world) as log_file:
+                    run = Run(args, world, log_file, argv)
+                    with world.finishing_steps():
+                        train(run)
+                    with run.searching():
+                        front = find_front(run)
+                    run.report(test_front(run, front))
+            code = 0
         except (Exception, KeyboardInterrupt) as e:
             world.finishing = True  # another signal changes nothing
             first, (line, code) = world.first_to_fail(), one_line(e, run)
@@ -301,11 +301,11 @@ def main(argv: list[str] | None = None) -> int:
                 raise
             if first:
                 tell("train.py: " + line.replace("\n", "\\n"), sys.stderr)
-            return code
         finally:
             world.finishing = True
-            world.leave()
             end_workers(others)
+            world.leave(code)
+    return code
 
 
 class UserError(Exception):
@@ -576,8 +576,7 @@ class World:
             torch.cuda.set_device(self.device)
         if self.size > 1:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=PATIENCE, rank=self.rank, world_size=self.size, store=store,
-                                    device_id=self.device if self.device.type == "cuda" else None)  # fmt: skip
+            dist.init_process_group(backend, timeout=PATIENCE, rank=self.rank, world_size=self.size, store=store)
         return self
 
     def find_others(self):
@@ -616,9 +615,16 @@ class World:
         return False
 
     @staticmethod
-    def leave():
-        """Ends the process group, where there is one."""
+    def leave(code=0):
+        """Ends the process group, where there is one. With an exit code of a failure and NCCL, ends the process."""
         if dist.is_initialized():
+            if code and dist.get_backend() == "nccl":
+                # NCCL's own end may wait for the other processes, and these, in a collective, for this one.
+                if sys.exc_info()[0]:  # a bug's traceback, on its way
+                    sys.excepthook(*sys.exc_info())
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
             # Until torch 2.8 this joins gloo's threads without letting go of Python's lock, which one that still
             # drops the last call's tensor waits for (pytorch pull request 154976): leave it time to.
             time.sleep(0.1)
@@ -634,9 +640,10 @@ class World:
     def finishing_steps(self):
         self.finishing = True
         yield
+        asked = self.mean(torch.tensor([float(self.asked)], device=self.device)).item()  # since the last step told
         self.finishing = False
-        if self.asked:
-            raise Stopped(self.asked)
+        if asked or self.asked:
+            raise Stopped(self.asked or signal.SIGTERM)
 
     def together(self, fn, *args, **how):
         """A collective operation; that another process has gone is one line."""
@@ -710,7 +717,7 @@ class World:
 
     def wait(self):
         if self.size > 1:
-            self.together(dist.barrier)
+            self.together(dist.barrier, device_ids=None if self.device.type == "cpu" else [self.device.index])
 
 
 class Replay:

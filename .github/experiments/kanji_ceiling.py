@@ -4,7 +4,8 @@
     python .github/experiments/kanji_ceiling.py DIR         # the folder that kanji.py made
 
 resnet8 on kanji, with the settings and as many epochs as kanji_resnet8.py has. At 15, 25 and 50 % of the FLOPs and of the memory:
-the uniform network with three seeds, and ten whose widths are drawn at random and then widened or narrowed alike to that cost;
+the uniform network with three seeds, ten whose widths are drawn at random and then widened or narrowed alike to that cost, and
+two by hand, the late layers wide or the early ones;
 and, of the runs that lie in results/kanji/, the networks that `joslim` and `slim` offer within 10, 25 and 50 %. Each is a minute
 or two of one thread. Figures go to results/kanji-alone/. A queue that was stopped is continued by the same command.
 
@@ -48,8 +49,12 @@ def list_drawn(data_dir, classes=200):
         target = torch.full((RANDOM,), share, dtype=torch.float64)
         uniform = sampler.project_to_cost(torch.full((1, net.num_widths), 0.5, dtype=torch.float64), target[:1])
         others = sampler.project_to_cost(RandomWidths(net.num_widths, LOWER).sample(RANDOM), target)
+        # By hand: half of the layers at the least width, which no shift lifts from there, and the other half all alike.
+        thin, wide = ([value] * (net.num_widths // 2) for value in (LOWER - 1, LOWER))
+        halves = sampler.project_to_cost(torch.tensor([thin + wide, wide + thin], dtype=torch.float64), target[:2])
         named = [(f"uniform-{seed}", uniform[0], seed) for seed in range(SEEDS)]
         named += [(f"random-{i}", a, 0) for i, a in enumerate(others)]
+        named += [(f"{which}-wide", a, 0) for which, a in zip(("late", "early"), halves)]
         jobs += [(f"{cost}-{share:.0%}-{name}", flags_of(a, data_dir, seed)) for name, a, seed in named]
     return jobs
 
@@ -75,12 +80,14 @@ def read(name):
 
 
 def show(names):
-    """One line for each cost: the uniform network's seeds, and the others sorted."""
+    """A line for each cost and score: the uniform network's seeds and the random ones, sorted; the hand-made ones."""
     for group in dict.fromkeys(name.rsplit("-", 2)[0] for name in names):
-        uniform, others = ([read(n) for n in names if n.startswith(f"{group}-{kind}-")] for kind in ("uniform", "random"))
         for k, what in enumerate(("top-1", "loss")):
-            texts = [" ".join(f"{v[k]:.{2 + 2 * k}f}" for v in some) for some in (uniform, sorted(others, reverse=True))]
-            print(f"{group} {what}: uniform {texts[0]}; others {texts[1]}")
+            print(f"{group} {what}:", end="")
+            for kind in ("uniform-", "random-", "late-wide", "early-wide"):
+                values = sorted(read(n)[k] for n in names if n.startswith(f"{group}-{kind}"))
+                print(f" {kind.rstrip('-')}", *(f"{v:.{2 + 2 * k}f}" for v in values), end=";")
+            print()
 
 
 def show_found(shared):
