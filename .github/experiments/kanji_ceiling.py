@@ -5,11 +5,12 @@
 
 resnet8 on kanji, with the settings and as many epochs as kanji_resnet8.py has. At 15, 25 and 50 % of the FLOPs and of the memory:
 the uniform network with three seeds, ten whose widths are drawn at random and then widened or narrowed alike to that cost, and
-two by hand, the late layers wide or the early ones;
-and, of the runs that lie in results/kanji/, the networks that `joslim` and `slim` offer within 10, 25 and 50 %. Each is a minute
-or two of one thread. Figures go to results/kanji-alone/. A queue that was stopped is continued by the same command.
+two by hand, the late layers wide or the early ones. Each is a minute or two of one thread. Figures go to results/kanji-alone/. A
+queue that was stopped is continued by the same command.
 
-    python .github/experiments/kanji_ceiling.py DIR --found 0 1      # these seeds' found widths only
+    python .github/experiments/kanji_ceiling.py DIR --found 0 1
+
+trains instead what `joslim` offers within 10, 25 and 50 %, by its runs of these seeds in results/kanji/.
 """
 
 import argparse
@@ -60,14 +61,14 @@ def list_drawn(data_dir, classes=200):
 
 
 def list_found(data_dir, seeds):
-    """(name, flags) of the widths that joslim and slim offer, and the top-1 that these have there by name."""
+    """(name, flags) of the widths that joslim offers within each of FOUND, and their top-1 in its network by name."""
     jobs, shared = [], {}
-    for seed, share, cost, method in itertools.product(seeds, FOUND, COSTS, ("joslim", "slim")):
-        with open(runs.RESULTS / "kanji" / (f"joslim-{cost}-{seed}" if method == "joslim" else f"slim-{seed}") / "front.csv") as f:
+    for seed, share, cost in itertools.product(seeds, FOUND, COSTS):
+        with open(runs.RESULTS / "kanji" / f"joslim-{cost}-{seed}" / "front.csv", newline="") as f:
             rows = list(csv.DictReader(f))
         within = [row for row in rows if float(row[cost]) <= share * float(rows[-1][cost])]
         if within:
-            name = f"{cost}-{share:.0%}-{method}-{seed}"
+            name = f"{cost}-{share:.0%}-joslim-{seed}"
             jobs.append((name, flags_of(within[-1]["widths"], data_dir, seed)))
             shared[name] = float(within[-1]["top1"])
     return jobs, shared
