@@ -5,7 +5,7 @@
 
 The default run, and resnet20 by its recipe in half as many epochs; with --amp and without, seeds 0 to 2, one thread each, two at
 a time: twelve runs of one to two minutes. Printed: mean top-1 over budgets evenly spaced in the logarithm of the FLOPs, and the
-run's seconds. Runs go to runs/bf16/. A queue that was stopped is continued by the same command.
+run's seconds. Runs go to runs/bf16/, their figures to results/bf16/. A queue that was stopped is continued by the same command.
 """
 
 import argparse
@@ -30,6 +30,7 @@ if __name__ == "__main__":
     jobs = [(f"{arch}-{precision}-{seed}", [*flags, f"--{precision}", "--seed", seed])
             for arch, flags in NETWORKS.items() for seed in SEEDS for precision in ("amp", "no-amp")]  # fmt: skip
     runs.queue(jobs, ROOT)
+    runs.keep(ROOT, [name for name, _ in jobs], "bf16")
     for arch in NETWORKS:
         for precision in ("no-amp", "amp"):
             top1, seconds = zip(*(scores(f"{arch}-{precision}-{seed}") for seed in SEEDS))

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How fast is a joint step on this GPU, what of it is idle, and what do convolution plans cost?
 
-    python .github/experiments/gpu.py               # about ten minutes of one GPU
+    python .github/experiments/gpu.py               # ten minutes of one GPU, or more
     python .github/experiments/gpu.py --small       # a minute, small sizes, on a CPU: only to see that it works
 
 A joint step is the sandwich rule's: the full network, two random configurations and the smallest, forward and backward, and one
