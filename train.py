@@ -101,7 +101,7 @@ SMALL = COMMON | dict(
 )  # fmt: skip
 RECIPES = {
     ("synthetic", "resnet8"): SYNTHETIC,
-    # Its last maps are 1 x 1, where BatchNorm averages over images alone: 32 in each of 8 processes, not 8.
+    # Its last maps are 1 x 1, where BatchNorm averages over images alone: 256 leave 32 to each of 8 processes.
     ("synthetic", "mbv2"): SYNTHETIC | dict(epochs=5, batch_size=256, lr=0.05, eval_images=128, lower=0.25, image_size=32,
                                             fresh_widths=False),
     ("fashion-mnist", "resnet8"): SMALL,
@@ -120,12 +120,12 @@ RECIPES = {
 def train(run: "Run") -> None:
     """Joslim, the paper's algorithm 2: every tau steps a round proposes widths, every step trains some of them."""
     args, world, data, net, sampler = run.args, run.world, run.data, run.net, run.sampler
-    # `slim` (one width for all layers) and `twostage` (one for each) are the same loop with a round, in which they
-    # draw at random, before every step.
+    # The same loop is `slim` (one width for all layers) and `twostage` (one for each), drawn at random before every step:
+    # rounds of one step.
     tau = args.tau if args.method == "joslim" else 1
     per_round = args.subnets * (tau if args.fresh_widths else 1)  # M for all steps till the next round, or M for each
 
-    @Replay  # on a GPU, steps of the same widths are launched as one; elsewhere it changes nothing
+    @Replay  # a CUDA graph of each step whose widths come again: faster, the same numbers; nothing on a CPU
     def add_gradients(x, y, widths):
         """The full network learns from the labels; M proposals and the smallest network from the full one's softmax. (With
         --no-distillation all learn from the labels.) Their gradients add up in `net` -> losses (M + 2,), in that order."""
@@ -153,8 +153,8 @@ def train(run: "Run") -> None:
                     # makes more, too many to re-evaluate all): joslim.py's `Joslim.sample`, on process 0 for all.
                     run.proposals = world.propose(sampler, per_round, keep=args.subnets)
 
-            # A step. Processes send each other one message: gradients, whose mean all take, and whether a signal asked any of
-            # them to stop.
+            # A step. `average_gradients` is the one message between processes: gradients, whose mean all take, and whether a
+            # signal asked any of them to stop.
             turns = run.proposals.split(args.subnets)  # one, unless --fresh-widths
             widths = turns[run.step % len(turns)]
             losses = add_gradients(x, y, widths)
