@@ -110,7 +110,7 @@ class GP:
         weight = inverse.sum(1)
         mean = weight @ z / weight.sum()
         alpha = inverse @ (z - mean)
-        # The output scale's mode under a weak inverse-gamma prior, as if two points had spread 1.
+        # The output scale's mode under a weak prior, exp(-1 / v) / v (an inverse gamma): as if two points had spread 1.
         variance = ((z - mean) @ alpha + 2) / (len(z) + 2)
         return u, s, chol, inverse, mean, alpha, variance
 
@@ -178,7 +178,7 @@ class GP:
         if self._factor is None:
             u, _, chol, _, mean, alpha, variance = self._solve(self.hyper, self.x, self.z)
             eye = torch.eye(len(u), dtype=u.dtype, device=u.device)
-            # Its inverse once: products serve every later call better than triangular solves.
+            # The factor's inverse (transposed) once: products serve every later call better than triangular solves.
             self._factor = u, torch.linalg.solve_triangular(chol, eye, upper=False).T, mean, alpha, variance
         u, whiten, mean, alpha, variance = self._factor
         k = matern52(distance(x.to(u) / self.hyper[:-1].exp(), u))
@@ -259,6 +259,7 @@ def optimize_acquisition(
         x = torch.cat([x, starts.double()[:, None].expand(-1, batch, -1).clamp(lower, upper)])
     value = fn(x)
     require(value.shape == x.shape[:2], f"fn: expected values of shape {tuple(x.shape[:2])}, got {tuple(value.shape)}")
+    # The best `restarts` of each function: (restarts, batch).
     pick = value.nan_to_num(torch.inf).topk(min(restarts, len(x)), dim=0, largest=False).indices
     best, value = x.gather(0, pick[..., None].expand(-1, -1, dim)), value.nan_to_num(torch.inf).gather(0, pick)
 

@@ -11,12 +11,12 @@ tau steps a round, held_out = (x, y) images that training never sees:
                 sampler.observe(evaluate(net, sampler.widths, *held_out))   # 1. re-evaluate history
             widths = sampler.sample(m)                               # 2.-4. fit, propose, append
         optimizer.zero_grad()
-        sandwich_step(net, x, y, widths)                             # the weights
+        sandwich_step(net, x, y, widths, sampler.lower)              # the weights
         optimizer.step()
     losses = evaluate(net, sampler.widths, *held_out).cpu()
     for a in sampler.widths[pareto_front(losses, cost(sampler.widths))]:
         net.set_widths(a)
-        calibrate_bn(net, batches_of_training_images)                # now test it
+        calibrate_bn(net, batches_of_training_images)                # then net.eval(), and test it
 
 `UniformWidths(dim)` in place of `Joslim` trains US-Nets ("slim"), `RandomWidths(dim)` the first half of
 NAS-style two-stage methods, by the same loop. They are never `ready` and keep no history: the front is
@@ -128,10 +128,11 @@ class Joslim(UniformWidths):
 
     def check_cost(self):
         """Whether the cost has a gradient. Raises ValueError unless it is a ratio that grows with the widths."""
-        ends = torch.tensor([[self.lower], [1.0]], dtype=torch.float64).expand(2, self.dim)
+        ends = torch.tensor([self.lower, 1.0], dtype=torch.float64)[:, None, None].expand(2, 1, self.dim)
         value = torch.as_tensor(self.cost(ends))
-        require(value.shape == (2,) and value.isfinite().all(), f"cost: expected two finite values for {tuple(ends.shape)} "
-                                                                f"widths, got {value.tolist()}")  # fmt: skip
+        fits = value.shape == (2, 1) and value.isfinite().all()
+        require(fits, f"cost: expected finite values (2, 1) for widths {tuple(ends.shape)}, got {value.tolist()}")
+        value = value[:, 0]
         ratio = 0 < value[0] <= value[1] and abs(value[1] - 1) < 1e-6
         require(ratio, f"cost: expected to grow to 1 at full width, got {value[0]:g} at lower, {value[1]:g} there")
         try:
@@ -167,7 +168,7 @@ class Joslim(UniformWidths):
         where, new = where.to(self.losses.device), losses.to(self.losses)
         change = self.log(new) - self.log(self.losses[where])
         again = change.isfinite()
-        if again.any():
+        if again.any():  # in logarithms, (1 - ema) * new + ema * (old + mean change) = new - ema * (change - mean change)
             new = torch.where(again, new * (-self.ema * (change - change[again].mean())).exp(), new)
         self.losses = self.losses.index_copy(0, where, new)
 
@@ -218,7 +219,8 @@ class Joslim(UniformWidths):
             best = self.minimize(lambda a: acquisition(self.project_to_cost(a, target)), m, near)
             return self.project_to_cost(best, target)
 
-        # Lambda uniform. The log loss is scaled to [0, 1] over what is known; the cost is a ratio already.
+        # Lambda uniform. The log loss is scaled to [0, 1] over what is known (where the optimistic estimate goes below
+        # that, the cost decides); the cost is a ratio already.
         weight = self.rand(m).to(widths)
         weights = torch.stack([1 - weight, weight], -1)
         low, high = losses.aminmax()
@@ -236,8 +238,9 @@ class Joslim(UniformWidths):
     def project_to_cost(self, a: Tensor, target: Tensor) -> Tensor:
         """Widens or narrows all layers of a (..., m, d) alike, within the box, until they cost target (m,).
 
-        Differentiable in a, so that minimising fn(project_to_cost(a)) over the box is minimising fn on the
-        surface of that cost: where s solves C(clip(a + s)) = target, the implicit function theorem gives
+        By one shift s for each configuration. Differentiable in a, so that minimising fn(project_to_cost(a)) over the box
+        is minimising fn on the surface of that cost: where s solves C(clip(a + s)) = target, the implicit function
+        theorem gives
 
             ds/da = -grad C / (1' grad C),        grad C the gradient of C(clip(a + s)) in a.
 
@@ -257,6 +260,7 @@ class Joslim(UniformWidths):
             shift.requires_grad_()
             excess = self.cost(self.box(a + shift), relaxed=True) - target
             (slope,) = torch.autograd.grad(excess.sum(), shift, retain_graph=a.requires_grad)  # 1' grad C
+        excess = excess if a.requires_grad else excess.detach()
         newton = -excess[..., None] / slope.clamp_min(1e-9)
         return self.box(a + (shift.detach() + newton).clamp(low, high))
 
@@ -309,10 +313,10 @@ def sandwich_step(
             network to have much to teach.
     Returns the losses (len(widths) + 2,), detached, on x's device: full, widths, smallest. Distilled ones are
     cross-entropies with the full network's softmax. Widths stay at the smallest.
-    Raises ValueError for x and y that do not fit together, or x of another device or dtype than the network. Their
-    values are not looked at: on a GPU that would mean waiting for it.
+    Raises ValueError for x and y that do not fit together, x of another device or dtype than the network, or one
+    configuration (d,) instead of several. Values of x and y are not looked at: on a GPU that would mean waiting for it.
     """
-    _require_batch(net, x, y, amp)
+    _require_batch(net, widths, x, y, amp)
     require(0 <= label_smoothing < 1, f"label_smoothing must lie in [0, 1), got {label_smoothing}")
     require(math.isfinite(scale), f"scale must be finite, got {scale}")
 
@@ -341,7 +345,9 @@ def _require_images(net, x, amp=False):
     require(amp or x.dtype == like.dtype, f"x: expected {like.dtype}, as the network's weights are; got {x.dtype}")
 
 
-def _require_batch(net, x, y, amp):
+def _require_batch(net, widths, x, y, amp):
+    several = not isinstance(widths, Tensor) or widths.ndim == 2
+    require(several, "widths: expected configurations (m, d); put one alone in a list")
     _require_images(net, x, amp)
     fits = y.shape == x.shape[:1] and y.dtype == torch.int64 and y.device == x.device
     require(
@@ -350,10 +356,12 @@ def _require_batch(net, x, y, amp):
 
 
 @contextmanager
-def _in_training_mode(net):
-    """BatchNorm by the batch's statistics within the block; then every module is in its own mode again."""
+def _batch_statistics(net):
+    """Within the block BatchNorm goes by the batch's statistics, and all else is as in eval(): dropout is off. Then every
+    module is in its own mode again."""
     modes = [(m, m.training) for m in net.modules()]
-    net.train()
+    for m, _ in modes:
+        m.training = isinstance(m, nn.modules.batchnorm._BatchNorm)
     try:
         yield
     finally:
@@ -368,9 +376,9 @@ def evaluate(net: nn.Module, widths: Iterable[Tensor], x: Tensor, y: Tensor, amp
     Weights and running statistics stay as they are (`models.BatchNorm2d` does not track in
     training); the widths stay at the last configuration. Raises ValueError as `sandwich_step`.
     """
-    _require_batch(net, x, y, amp)
+    _require_batch(net, widths, x, y, amp)
     losses = []
-    with _in_training_mode(net):
+    with _batch_statistics(net):
         for a in widths:
             net.set_widths(a)
             with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
@@ -393,7 +401,7 @@ def calibrate_bn(net: nn.Module, batches: Iterable[Tensor | tuple[Tensor, ...]])
         m.reset_running_stats()
     count = 0
     try:
-        with _in_training_mode(net):
+        with _batch_statistics(net):
             for count, batch in enumerate(batches, 1):
                 x = batch if isinstance(batch, Tensor) else batch[0]
                 _require_images(net, x)
@@ -421,7 +429,7 @@ def pareto_front(loss: Tensor, cost: Tensor) -> Tensor:
     ValueError for shapes that differ or a cost that is not finite.
     """
     _require_pairs(loss, cost)
-    loss = loss.nan_to_num(torch.inf, torch.inf)
+    loss = loss.double().nan_to_num(torch.inf, torch.inf)  # double: also of whole numbers, such as counts of errors
     order = loss.argsort(stable=True)
     order = order[cost[order].argsort(stable=True)]
     ranked = loss[order]
@@ -466,7 +474,8 @@ def front_area(loss: Tensor, cost: Tensor, low: float | None = None, high: float
     loss, cost = loss[front].double(), cost[front].double()
     low = cost[0].item() if low is None else low
     cheapest = cost[0].item()
-    require(low >= cheapest, f"low: no configuration costs as little as {low:g}; the cheapest costs {cheapest:g}")
+    enough = low >= cheapest * (1 - 1e-6)  # a cost in float32 is no nearer to its decimals
+    require(enough, f"low: no configuration costs as little as {low:g}; the cheapest costs {cheapest:g}")
     require(low <= high, f"low, high: expected low <= high, got {low:g} and {high:g}")
     edges = torch.cat([cost, cost.new_tensor([high])]).clamp(low, high)
     return (loss * edges.diff()).sum().item()

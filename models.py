@@ -54,15 +54,16 @@ class Concatenation:
 
     fixed = True  # its width is its parts'
 
-    def __init__(self, *parts: WidthGroup):
-        self.parts = parts
+    def __init__(self, *parts: "WidthGroup | Concatenation"):
+        self.parts = tuple(g for part in parts for g in getattr(part, "parts", [part]))  # of a Concatenation, its own
 
     max = property(lambda self: sum(g.max for g in self.parts))
     active = property(lambda self: sum(g.active for g in self.parts))
 
 
 def input_channels(weight: Tensor, reads: WidthGroup | Concatenation) -> Tensor:
-    """(out, sum of max, ...) -> (out, sum of active, ...): without what a concatenation's parts do not use."""
+    """(out, sum of max, ...) -> (out, sum of active, ...): in the weight every part of a concatenation has room for its full
+    width; what it does not use is left out, since in the input the parts lie side by side."""
     if isinstance(reads, WidthGroup) or weight.shape[1] == reads.active:
         return weight
     parts = zip(weight.split([g.max for g in reads.parts], 1), reads.parts)
@@ -84,11 +85,14 @@ def first_channels(t: Tensor, *sizes: int) -> Tensor:
 
 
 class Conv2d(nn.Conv2d):
-    """`nn.Conv2d`, padded by kernel_size // 2, from the group it reads to the one it writes (depthwise: the same one)."""
+    """`nn.Conv2d`, padded by kernel_size // 2, from the group it reads to the one it writes (depthwise: the same one).
 
-    def __init__(self, reads, writes, kernel_size, stride=1, depthwise=False, bias=False):
-        if depthwise and reads is not writes:
-            raise ValueError("depthwise: such a convolution writes the group that it reads")
+    Without a bias unless asked: BatchNorm, which mostly follows, has one.
+    """
+
+    def __init__(self, reads, writes, kernel_size, stride=1, *, depthwise=False, bias=False):
+        if depthwise and (reads is not writes or isinstance(reads, Concatenation)):
+            raise ValueError("depthwise: such a convolution writes the group that it reads, which is no Concatenation")
         groups = writes.max if depthwise else 1
         super().__init__(reads.max, writes.max, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias)
         self.reads, self.writes, self.depthwise = reads, writes, depthwise
@@ -266,8 +270,9 @@ class Slimmable(nn.Sequential):
         """Peak bytes of float32 inference at batch size 1: a (..., d) -> (...,). `relaxed` as in `flops`.
 
         All weights, plus the largest set of activations alive at one time: what an operation reads
-        and writes, and what a later one still needs (the residual). ReLUs and additions work in
-        place; BatchNorm is not folded into the convolution before it.
+        and writes, and what a later one still needs (the residual). In this file's networks ReLUs and
+        additions work in place (yours are counted as you wrote them); BatchNorm is not folded into
+        the convolution before it.
         """
         c = _with_one(self.channels(a, relaxed))
         live = (c @ self._live.to(c.device).T).amax(-1)
@@ -316,11 +321,12 @@ class Slimmable(nn.Sequential):
             if a is not None:
                 self.set_widths(a)
             plain = {id(m): _plain(m) for m in self.modules() if isinstance(m, LAYERS)}
+            # deepcopy takes a module that its memo knows from there: every layer becomes its plain twin. (Here, since
+            # a module of your own may hold a group, and is copied with the width it has now.)
+            children = [(name, copy.deepcopy(m, plain)) for name, m in self.named_children()]
         finally:
             for g, n in zip(self.groups, before):
                 g.active = n
-        # deepcopy takes a module that its memo knows from there: every layer becomes its plain twin.
-        children = ((name, copy.deepcopy(m, plain)) for name, m in self.named_children())
         return nn.Sequential(OrderedDict(children)).train(self.training)
 
     def use(self, **budget: float) -> dict[str, float]:
@@ -431,7 +437,7 @@ def resnet(block, depths, num_classes, image, divisor=1, cifar=False):
 
 
 def conv_bn_relu6(reads, writes, kernel_size, stride=1, depthwise=False):
-    conv = Conv2d(reads, writes, kernel_size, stride, depthwise)
+    conv = Conv2d(reads, writes, kernel_size, stride, depthwise=depthwise)
     return nn.Sequential(conv, BatchNorm2d(writes), nn.ReLU6(inplace=True))
 
 
@@ -542,9 +548,11 @@ def load(path: str, device: torch.device | str = "cpu") -> Slimmable:
     """The network of a front.pt, with its front: see `Slimmable.use`. In eval mode, at full width.
 
     `net.data` holds the names of the classes, and mean and deviation of the images: they are to be
-    (image / 255 - mean) / std. Runs nothing that is in the file.
+    (image / 255 - mean) / std. Runs nothing that is in the file. Raises ValueError for another file of torch's.
     """
     state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or not {"network", "model", "front"} <= state.keys():
+        raise ValueError(f"{path}: not a front.pt, which train.py writes when a run is done")
     net = build(**state["network"])
     net.load_state_dict(state["model"])
     net.front, net.statistics, net.data = state["front"], state["statistics"].to(device), state["data"]
@@ -613,7 +621,8 @@ def time_networks(net: Slimmable, widths: Tensor, batch: int = 1, threads: int |
     They take turns, so that whatever else the machine does meets all alike. `threads` of a CPU: None means torch's.
     The least of a network's times is what it takes where nothing else runs, and repeats best.
     """
-    x, before = torch.randn(batch, *net.image, device=next(net.parameters()).device), torch.get_num_threads()
+    like, before = next(net.parameters()), torch.get_num_threads()
+    x = torch.randn(batch, *net.image, device=like.device, dtype=like.dtype)
     try:
         torch.set_num_threads(threads or before)
         turns = ([time_forward(net.extract(a).eval(), x) for a in widths] for _ in range(6))

@@ -218,6 +218,8 @@ def conv(reads, writes, *how):
      {"join": lambda m: models.Conv2d(models.Concatenation(m.b, m.a, m.b), m.b, 3, bias=True)}),  # of groups, one twice
     (lambda m, x: m.last(torch.cat([m.two(m.one(x)).mean((2, 3)), m.end(m.two(m.one(x)))], 1)),
      {"last": lambda m: models.Linear(models.Concatenation(m.b, m.out.writes), 2)}),  # of a fixed one, too
+    (lambda m, x: m.end(m.join(torch.cat([torch.cat([m.two(m.one(x)), m.one(x)[:, :, ::2, ::2]], 1), m.two(m.one(x))], 1))),
+     {"join": lambda m: models.Conv2d(models.Concatenation(models.Concatenation(m.b, m.a), m.b), m.b, 3)}),  # DenseNet's way
     (lambda m, x: m.end(m.two(m.one(x) * m.one(x).amax(1, keepdim=True).sigmoid())), {}),  # a map of no group's channels
     (lambda m, x: m.end(m.two(m.one(x)).flatten(2).transpose(1, 2).relu().transpose(1, 2).unflatten(2, (6, 6))), {}),
 ])  # fmt: skip
@@ -242,6 +244,14 @@ def test_another_network_made_slimmable(forward, more):
         assert net.flops(torch.tensor([0.5, 0.75])).item() == 9 * 4 * 144 + 9 * 4 * 9 * 36 + 9 * 3
 
 
+def test_a_network_that_asks_its_groups_is_extracted_at_any_widths():
+    padded = lambda m, x: F.pad(x[:, :, ::2, ::2], [0] * 5 + [m.b.active - 1])  # noqa: E731
+    net, a = own(lambda m, x: m.end(m.two(m.one(x)) + padded(m, x))), torch.tensor([0.5, 0.5])
+    plain, x = net.extract(a), torch.randn(3, 1, 12, 12)
+    net.set_widths(a)
+    torch.testing.assert_close(net(x), plain(x))
+
+
 @pytest.mark.parametrize("forward, more, what", [
     (lambda m, x: m.end(m.two(m.wide(torch.cat([m.one(x), m.other(x)], 1)))),
      {"other": lambda m: models.Conv2d(m.image, models.WidthGroup(8), 3),
@@ -261,7 +271,8 @@ def test_another_network_made_slimmable(forward, more):
     (None, {"scale": lambda m: nn.Parameter(torch.ones(1))}, "net.scale: a parameter of Own"),
     (lambda m, x: m.end(F.group_norm(m.two(m.one(x)), 4)), {}, "after net.two"),  # of 12 channels, but not of 7
     (lambda m, x: m.end(m.two(F.relu(m.one(x))).view(1, 12, 6, 6)), {}, "after net.two"),
-    (None, {"deep": conv("a", "b", 3, 1, True)}, "depthwise"),
+    (None, {"deep": lambda m: models.Conv2d(m.a, m.b, 3, depthwise=True)}, "depthwise"),
+    (None, {"deep": lambda m: models.Conv2d(ab := models.Concatenation(m.a, m.b), ab, 3, depthwise=True)}, "depthwise"),
     (None, {"norms": lambda m: models.BatchNorm2d(models.Concatenation(m.a, m.b))}, "BatchNorm2d: normalises a group"),
     (lambda m, x: m.end(m.join(torch.cat([m.two(m.one(x)), m.one(x)[:, :, ::2, ::2]], 1))),
      {"join": lambda m: models.Conv2d(models.Concatenation(m.a, m.b), m.b, 3)}, "net.join: reads something else"),
@@ -402,6 +413,15 @@ def test_evaluation_is_the_plain_networks_and_leaves_no_trace():
     expected = torch.stack([F.cross_entropy(net.extract(a).train()(x), y) for a in widths])
     torch.testing.assert_close(losses, expected.detach(), rtol=1e-4, atol=1e-5)
     assert joslim.evaluate(net, widths[:0], x, y).shape == (0,)
+    # Dropout, of a network of one's own, is noise to both: it stays off, and losses and statistics are those without it.
+    dropping = own(lambda m, x: m.end(m.two(m.drop(F.relu(m.one(x))))), drop=lambda m: nn.Dropout2d(0.5))
+    without, x, y = own(), torch.randn(8, 1, 12, 12), torch.randint(3, (8,))
+    without.load_state_dict(dropping.state_dict())
+    losses = [joslim.evaluate(n, torch.ones(1, 2), x, y) for n in (dropping, without)]
+    for n in (dropping, without):
+        joslim.calibrate_bn(n, [x])
+    torch.testing.assert_close([losses[0], dict(dropping.state_dict())], [losses[1], dict(without.state_dict())])
+    assert all(m.training for m in dropping.modules())
 
 
 # ------------------------------------------------------------------------------ GP
@@ -1081,6 +1101,9 @@ def test_pareto_front_and_area_by_brute_force():
         grid = low + (1 - low) * (torch.arange(20000).double() + 0.5) / 20000
         best = torch.where(cost[None].double() <= grid[:, None] + 1e-9, loss[None].double(), torch.inf).amin(1)
         assert joslim.front_area(loss, cost) == pytest.approx(best.mean().item() * (1 - low), abs=2e-4)
+        errors = (loss * 100).long()  # whole numbers, as counts of errors are
+        assert joslim.pareto_front(errors, cost).tolist() == joslim.pareto_front(errors.double(), cost).tolist()
+    assert joslim.front_area(torch.ones(2), torch.tensor([0.1, 1.0]), low=0.1) == pytest.approx(0.9)  # float32's 0.1
     tie = torch.ones(4)
     assert joslim.pareto_front(tie, tie).tolist() == [0]
     assert joslim.pareto_front(torch.tensor([torch.nan, 2.0, torch.inf]), torch.tensor([1.0, 2.0, 3.0])).tolist() == [1]
@@ -1693,6 +1716,8 @@ def test_finished_weights_are_searched(tiny, tmp_path, capsys, monkeypatch):
     assert two["step"] == 8 and two["settings"]["method"] == "twostage"
     memory = [int(row["memory"]) for row in read_front(tmp_path / "searched")]
     assert memory == sorted(memory) and len(memory) > 1
+    flags_again = ["--search", str(tmp_path / "searched"), "--cost", "params", "--out", str(tmp_path / "again")]
+    assert train.main(flags_again) == 0 and read_state(tmp_path / "again")["settings"]["trained_as"] == "slim"
     for word, *more in (("--seed 0, not 1", "--seed", "1"), ("not slim", "--method", "slim")):
         capsys.readouterr()
         assert train.main([*flags, *more, "--out", str(tmp_path / "x")]) == 2  # or its held-out images were trained on
@@ -1826,10 +1851,14 @@ def test_front_pt_needs_models_and_torch_alone(finished, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     top1 = [r["top1"] for r in read_front(finished) if int(r["flops"]) <= 0.9 * int(read_front(finished)[-1]["flops"])][-1]
     assert done.stdout.split() == [top1, "False"], done.stderr
+    torch.save(models.build("resnet8", 10, 8).state_dict(), tmp_path / "weights.pt")
+    refuses("weights.pt: not a front.pt", models.load, str(tmp_path / "weights.pt"))
 
 
 def test_export_runs_without_this_project(finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "run")
+    assert train.main(["--out", str(tmp_path / "run"), "--export", "0.705"]) == 0  # has a file of its own
+    assert sorted(p.name for p in (tmp_path / "run").glob("*.pt2")) == ["flops-0.705.pt2"] and capsys.readouterr().out
     assert train.main(["--out", str(tmp_path / "run"), "--export", "0.7"]) == 0
     net = models.load(str(tmp_path / "run" / "front.pt"))
     row, x = net.use(flops=0.7), torch.randn(5, 1, 8, 8)
@@ -1896,6 +1925,7 @@ def test_latency_fit_finds_a_known_formula():
         slope = (net.latency(a[:3] + e, relaxed=True) - net.latency(a[:3] - e, relaxed=True)) / 2e-6
         torch.testing.assert_close(grad[:, i], slope, rtol=1e-4, atol=1e-6)
     refuses("latency: measure", models.build("resnet8", 10, 8).latency, 1.0)
+    assert (models.time_networks(models.build("resnet8", 10, 8).bfloat16(), a[:1, :6]) > 0).all()
 
 
 def test_latency_as_a_cost(tiny, tmp_path, capsys, monkeypatch):
@@ -1949,7 +1979,7 @@ def test_pretrained_weights_sorted(arch, tmp_path, capsys):
                 t.uniform_(0.8, 1.2)
     torch.save(theirs.state_dict(), tmp_path / "weights.pth")
     net, x = models.build(arch, 7, 64).eval(), torch.randn(2, 3, 64, 64)
-    train.load_init(net, tmp_path / "weights.pth", print)
+    train.load_init(net, train.read_init(tmp_path / "weights.pth"), tmp_path, print)
     torch.testing.assert_close(net(x), theirs(x), rtol=1e-4, atol=1e-5)
     readers = {g: [m for m in net.modules() if isinstance(m, (models.Conv2d, models.Linear)) and m.reads is g
                    and not getattr(m, "depthwise", False)] for g in net.groups}  # fmt: skip
@@ -1957,7 +1987,7 @@ def test_pretrained_weights_sorted(arch, tmp_path, capsys):
         read = sum(m.weight.abs().flatten(2).sum((0, 2)) if m.weight.ndim == 4 else m.weight.abs().sum(0) for m in layers)
         assert (read.diff() <= 1e-3).all()
     other = models.build(arch, 5, 64)
-    train.load_init(other, tmp_path / "weights.pth", print)
+    train.load_init(other, train.read_init(tmp_path / "weights.pth"), tmp_path, print)
     assert "of 7 classes, not 5: the classifier starts anew" in capsys.readouterr().out
     torch.testing.assert_close(other.state_dict()[net.names[0] + ".weight"], net.state_dict()[net.names[0] + ".weight"])
 
@@ -2161,6 +2191,20 @@ def test_a_fault_of_one_is_said_once(patch, word, make_data, tmp_path):
     assert 0 not in codes
 
 
+@pytest.mark.parametrize("more, word", [("--label-smoothing 0.5", "--label-smoothing: "), ("--data-dir {}", "--data-dir: ")])
+def test_processes_started_differently_train_nothing(more, word, tiny, tmp_path):
+    """Each would hold out what the other trains on, or they would learn different things; nobody would notice."""
+    write_data("fashion-mnist", tmp_path / "data")
+    for path in tmp_path.rglob("*.gz"):  # unpacked, as process 1 leaves that to process 0
+        content = bytearray(gzip.decompress(path.read_bytes()))
+        content[-1] ^= "train-images" in path.name  # another image than process 0 has
+        path.with_suffix("").write_bytes(content)
+    patch = f"parse = train.parse_args; train.parse_args = lambda argv: parse([*argv, *{more.format(tmp_path / 'data').split()}])"
+    codes, errs = zip(*(run.finish(20) for run in two([*tiny, "--out", str(tmp_path / "out")], ("", patch))))
+    assert 0 not in codes and "".join(errs).count("\n") == 1 and word in "".join(errs), errs
+    assert not list(tmp_path.rglob("*.pt"))
+
+
 def test_processes_that_differ_are_found_before_they_are_saved(tiny, tmp_path):
     drift = "step = train.sandwich_step; train.sandwich_step = lambda net, *a, **k: (net.fc.bias.data.add_(1e-6), step(net, *a, **k))[1]"
     runs = two([*tiny, "--method", "slim", "--out", str(tmp_path)], ("", drift))
@@ -2258,6 +2302,29 @@ def test_existing_runs_are_not_overwritten(tiny, tmp_path, capsys):
     assert train.main(flags) == 2 and "--resume" in capsys.readouterr().err
     assert train.main([*flags, "--resume", "--tau", "3"]) == 2 and "--tau 1" in capsys.readouterr().err
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_nothing_of_a_run_is_overwritten(finished, tiny, tmp_path, capsys):
+    for name in ("checkpoint.pt", "checkpoint.previous.pt", "front.csv", "front.pt"):  # whichever one was kept
+        (tmp_path / name).mkdir()
+        shutil.copy(finished / name, tmp_path / name)
+        assert train.main([*tiny, "--out", str(tmp_path / name)]) == 2 and "already holds a run" in one_line(capsys)
+        assert [path.name for path in (tmp_path / name).iterdir()] == [name]
+
+
+def test_no_room_for_what_a_run_leaves(finished, tiny, tmp_path):
+    """Wherever in a file the disk is full: one line, and the checkpoint stands. (Forked: the limit is the process's.)"""
+    shutil.copytree(finished, tmp_path / "run")
+    patch = ("import resource; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+             "save = train.save_tensors; train.save_tensors = lambda path, *a, **k: (path.name == 'front.pt' and "
+             "resource.setrlimit(resource.RLIMIT_FSIZE, (N, N)), save(path, *a, **k))")  # fmt: skip
+    before = (finished / "front.pt").read_bytes()
+    for size in (4096, len(before) // 2, len(before) - 1):
+        run = Forked([*tiny, "--epochs", "2", "--front-size", "6", "--out", str(tmp_path / "run"), "--resume"],
+                     patch=patch.replace("(N, N)", f"({size}, {size})"))  # fmt: skip
+        code, err = run.finish()
+        assert code == 2 and err.count("\n") == 1 and "could not be written" in err, err
+        assert (tmp_path / "run" / "front.pt").read_bytes() == before
 
 
 def test_a_folder_in_use(tiny, tmp_path, capsys):
@@ -2459,7 +2526,8 @@ def test_a_configuration_that_is_not_finite_is_left_out(tiny, tmp_path, capsys, 
     ("--data cifar100 --data-dir /nowhere", "/nowhere is not a folder"),
     ("--data cifar10 --data-dir .", "cifar-10-batches-py/batches.meta: missing"),
     ("--data kmnist --data-dir .", "KMNIST/raw/train-images-idx3-ubyte[.gz]: missing"),
-    ("--data imagenet --data-dir /nowhere", "/nowhere/train is missing"),
+    ("--data imagenet --data-dir /nowhere", "/nowhere/train is missing"), ("--out=", "--out: expected a path, got ''"),
+    ("--image-size 10000000", "needs less"), ("--init /nowhere.pth --data-dir /nowhere", "--init: /nowhere.pth"),
 ])  # fmt: skip
 def test_bad_flags_are_one_line_and_exit_2(flags, word, tiny, tmp_path, capsys):
     assert train.main([*tiny, "--out", str(tmp_path / "out"), *flags.split()]) == 2
@@ -2540,7 +2608,8 @@ def test_samplers_name_what_is_wrong():
     refuses("beta", joslim.Joslim, 3, mean_width, beta=-1)
     refuses("ema", joslim.Joslim, 3, mean_width, ema=1.0)
     for cost in (lambda a, relaxed=False: 2 * mean_width(a), lambda a, relaxed=False: 2 - mean_width(a),
-                 lambda a, relaxed=False: mean_width(a) * math.nan, lambda a, relaxed=False: a):  # fmt: skip
+                 lambda a, relaxed=False: mean_width(a) * math.nan, lambda a, relaxed=False: a,
+                 lambda a, relaxed=False: torch.stack([row.mean() for row in a])):  # fmt: skip
         refuses("cost: expected", joslim.Joslim, 3, cost)
 
     sampler = joslim.Joslim(2, mean_width, num_prior=1)
@@ -2580,6 +2649,8 @@ def test_training_names_what_is_wrong():
     refuses("label_smoothing", joslim.sandwich_step, net, x, y, [], label_smoothing=1.5)
     refuses("scale", joslim.sandwich_step, net, x, y, [], scale=math.nan)
     refuses("y: expected", joslim.evaluate, net, [], x, y[:2])
+    refuses("widths: expected configurations", joslim.evaluate, net, torch.ones(6), x, y)
+    refuses("widths: expected configurations", joslim.sandwich_step, net, x, y, torch.ones(6))
     refuses("x: expected on cpu", joslim.evaluate, net, [], FAR, y)
 
 
