@@ -19,6 +19,7 @@ import csv
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -336,7 +337,15 @@ def one_line(e, run):
     if isinstance(e, RuntimeError) and "DataLoader worker" in str(e):  # torch raises it wherever training is at the time
         return (f"{first_line(e)}; fewer --workers need less memory, 0 none; in a container, allow more shared memory "
                 "(docker run --shm-size)"), 2  # fmt: skip
+    if out_of_memory(e):
+        return f"{first_line(e) or 'out of memory'}; a smaller --batch-size or --image-size needs less, and --accumulate", 2
     return (str(e), e.code) if isinstance(e, UserError) else (None, 1)
+
+
+def out_of_memory(e):
+    """Whether an exception says so: Python's and numpy's, and torch's of a GPU and of a CPU."""
+    says = "out of memory" in str(e) or "can't allocate memory" in str(e)
+    return isinstance(e, MemoryError) or isinstance(e, RuntimeError) and says
 
 
 def tell(text, stream=None):
@@ -430,7 +439,7 @@ def whole(low):
 amount = typed(float, lambda v: 0 <= v < math.inf, "a number, at least 0")
 portion = typed(float, lambda v: 0 <= v < 1, "a number in [0, 1)")
 multiplier = typed(float, lambda v: 0 < v <= 1, "a number in (0, 1]")
-folder = typed(lambda text: Path(text).expanduser(), lambda v: True, "a folder")  # a shell leaves the ~ of --out=~/x
+folder = typed(lambda text: text and Path(text).expanduser(), bool, "a path")  # a shell leaves the ~ of --out=~/x
 device = typed(torch.device, lambda v: v.type in ("cpu", "cuda"), "cpu, cuda or cuda:N")
 
 
@@ -650,7 +659,7 @@ class World:
         try:
             return fn(*args, **how)
         except RuntimeError as e:
-            if "DataLoader worker" in str(e):  # which may come at any time
+            if "DataLoader worker" in str(e) or out_of_memory(e):  # the first may come at any time
                 raise
             why = f"process {self.rank}: another process has gone ({first_line(e)}); the last checkpoint stands"
             raise Failed(why) from e
@@ -694,6 +703,15 @@ class World:
         box = [raw.getvalue()]
         self.together(dist.broadcast_object_list, box, device=self.device)
         return torch.load(io.BytesIO(box[0]), weights_only=True)
+
+    def require_same(self, **values):
+        """Raises UserError, which names a flag, unless all processes hold the same values for these."""
+        if self.size > 1:
+            theirs = [None] * self.size
+            self.together(dist.all_gather_object, theirs, values)
+            for (k, other), name in itertools.product(enumerate(theirs), values):
+                if other.get(name) != theirs[0].get(name):
+                    raise UserError(f"--{name.replace('_', '-')}: processes 0 and {k} have different ones; start all alike")
 
     def propose(self, sampler, m, keep=None):
         """sampler.sample(m, keep), and the sampler's state, alike on every process.
@@ -1192,6 +1210,14 @@ def atomic_write(path, mode="wb", keep=None):
         part.unlink(missing_ok=True)
 
 
+def save_tensors(path, values, keep=None):
+    """torch.save as an atomic write, of tensors of the CPU: a machine without a GPU reads them, too."""
+    raw = io.BytesIO()  # torch.save reports a full disk in many ways, a plain write in one
+    torch.save(tree_map_only(torch.Tensor, torch.Tensor.cpu, values), raw)
+    with atomic_write(path, keep=keep) as f:
+        f.write(raw.getbuffer())
+
+
 @contextmanager
 def run_folder(args, world):
     """Makes the run's folder this run's alone: yields its open log, locked as long as this process lives."""
@@ -1201,7 +1227,7 @@ def run_folder(args, world):
     locked = fcntl is not None
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        holds = any((args.out / name).exists() for name in ("checkpoint.pt", PREVIOUS, "front.csv"))
+        holds = any((args.out / name).exists() for name in ("checkpoint.pt", PREVIOUS, "front.csv", "front.pt"))
         if holds and not args.resume:
             raise UserError(f"--out: {args.out} already holds a run; continue it with --resume or name another")
         log_file = open(args.out / "log.jsonl", "ab+", buffering=0)
@@ -1313,13 +1339,18 @@ def load_finished(args):
     return state
 
 
-def load_init(net, path, say):
-    """Loads torchvision's weights or a front.pt's, and sorts channels. Another number of classes gets a new classifier."""
+def read_init(path):
+    """The weights in a file of torchvision's or in a front.pt."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state, mine = state.get("model", state), net.state_dict()
+        return state.get("model", state)
     except Exception as e:  # a damaged file makes its readers raise nearly anything
         raise UserError(f"--init: {path}: not readable weights ({type(e).__name__}: {first_line(e)})") from None
+
+
+def load_init(net, state, path, say):
+    """Loads `read_init`'s weights, and sorts channels. Another number of classes gets a new classifier."""
+    mine = net.state_dict()
     odd = [name for name in mine.keys() ^ state.keys() if not name.endswith("num_batches_tracked")]
     wrong = [name for name in mine.keys() & state.keys() if mine[name].shape != state[name].shape]
     last = list(mine)[-2:]  # the classifier's weight and bias
@@ -1348,9 +1379,12 @@ class Run:
             raise UserError(f"--batch-size {args.batch_size}, --eval-images {args.eval_images}: BatchNorm needs two images "
                             f"in each of {world.size} processes")  # fmt: skip
         finished = world.from_first(load_finished(args) if args.search and world.rank == 0 else None)
-        args.trained_as = finished and finished["settings"]["method"]
+        args.trained_as = finished and (finished["settings"].get("trained_as") or finished["settings"]["method"])
         state = world.from_first(load_checkpoint(args) if args.resume and world.rank == 0 else None)
+        init = read_init(args.init) if args.init and not (state or finished) else None
+        world.require_same(**settings(args))
         self.data = Data(args, world)
+        world.require_same(data_dir=self.data.about["digest"])  # of other images, others would be held out
 
         self.step, self.steps = 0, self.data.steps * args.epochs
         torch.manual_seed(args.seed)
@@ -1364,8 +1398,8 @@ class Run:
                 raise UserError(f"{folder / 'checkpoint.pt'}: that run had other images than {args.data_dir} has now; "
                                 "give it those, or start anew")  # fmt: skip
         self.net = models.build(**self.network)
-        if args.init and not (state or finished):
-            load_init(self.net, args.init, self.say)
+        if init:
+            load_init(self.net, init, args.init, self.say)
         self.net.to(world.device, memory_format=torch.channels_last).train()  # the faster layout on GPU and CPU alike
         if args.cost == "latency":
             if not state and world.rank == 0:
@@ -1427,10 +1461,7 @@ class Run:
                 "sampler": self.sampler.state_dict(), "proposals": self.proposals,
                 "latency": self.net.latency_table, "data_dir": self.args.data_dir and str(self.args.data_dir.absolute()),
             }  # fmt: skip
-            raw = io.BytesIO()  # torch.save reports a full disk in many ways, a plain write in one
-            torch.save(tree_map_only(torch.Tensor, torch.Tensor.cpu, state), raw)  # a machine without a GPU reads it, too
-            with atomic_write(self.args.out / "checkpoint.pt", keep=self.args.out / PREVIOUS) as f:
-                f.write(raw.getbuffer())
+            save_tensors(self.args.out / "checkpoint.pt", state, keep=self.args.out / PREVIOUS)
         self.saved = time.perf_counter()
 
     def load_state(self, state):
@@ -1569,11 +1600,10 @@ class Run:
             for *values, a in zip(*(column.tolist() for column in columns.values())):
                 exact = [int(v) if name in COSTS else v for name, v in zip(columns, values)]
                 table.writerow([*exact, " ".join(map(repr, a))])
-        weights = {k: v.cpu() for k, v in self.net.state_dict().items()}
-        deployed = {"format": 1, "network": self.network, "model": weights, "front": columns, "statistics": statistics,
-                    "cost": args.cost, "latency": self.net.latency_table, "data": self.data.about}  # fmt: skip
-        with atomic_write(args.out / "front.pt") as f:
-            torch.save(deployed, f)
+        deployed = {"format": 1, "network": self.network, "model": self.net.state_dict(), "front": columns,
+                    "statistics": statistics, "cost": args.cost, "latency": self.net.latency_table,
+                    "data": self.data.about}  # fmt: skip
+        save_tensors(args.out / "front.pt", deployed)
         shown = {name: columns[name] for name in columns if name in UNITS}
         tell("\n" + "".join(f"{UNITS[name][0]:>11}        %" for name in shown) + "    loss   top-1          top-5")
         for i in range(len(columns["top1"])):
@@ -1623,14 +1653,15 @@ def load_front(args, world):
 
 
 def benchmark(args, world):
-    """--benchmark: latency, and peak memory, of RUN's front as extracted networks on this device."""
+    """--benchmark: latency, and peak memory, of RUN's front as extracted networks on this device. Memory is measured on a
+    GPU; on a CPU it is the formula's, of one image."""
     net = load_front(args, world)
     if args.cost not in net.front:
         raise UserError(f"--cost {args.cost}: {args.out} has no such column in its front")
     widths = net.front["widths"]
     times = models.time_networks(net, widths, **timing(args))
     tell(f"{world.device}, {args.threads or torch.get_num_threads()} threads, batch {args.latency_batch}\n"
-         f"  {args.cost:>8}  top-1   least ms  of full   median  (quartiles)      peak MB")  # fmt: skip
+         f"  {args.cost:>8}  top-1   least ms  of full   median  (quartiles) {'peak MB' if world.device.type == 'cuda' else 'MB, by formula':>12}")  # fmt: skip
     quartiles, least = times.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64), 1), times.amin(1)
     for i, (a, low, middle, high) in enumerate(zip(widths, *quartiles)):
         peak = net.memory(a).item()
@@ -1653,7 +1684,9 @@ def export(args, world):
     plain, data = net.extract().eval(), Data(args, world)
     if data.about["digest"] != net.data["digest"]:
         raise UserError(f"--data-dir: {args.data_dir} has other images than the run had")
-    stem, example = f"{args.cost}-{args.export:.2f}", (torch.randn(2, *net.image),)
+    budget = f"{args.export:.2f}"
+    stem = f"{args.cost}-{budget if float(budget) == args.export else repr(args.export)}"
+    example = (torch.randn(2, *net.image),)
     program = torch.export.export(plain, example, dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
     torch.export.save(program, raw := io.BytesIO())
     written = {args.out / f"{stem}.pt2": (raw.getvalue(), lambda path: torch.export.load(path).module())}
