@@ -92,7 +92,7 @@ IMAGENET = COMMON | dict(
 )  # fmt: skip
 # For two CPU cores. One sub-network a step: so short a training learns less with two.
 SYNTHETIC = COMMON | dict(
-    epochs=8, batch_size=64, lr=0.5, weight_decay=5e-4, tau=32, held_out=1000, image_size=16, subnets=1, fresh_widths=True,
+    epochs=8, batch_size=64, lr=0.5, weight_decay=5e-4, tau=48, held_out=1000, image_size=16, subnets=1, fresh_widths=True,
     num_prior=8, lower=0.125, warmup_epochs=0.5, eval_images=64, calibrate_images=512, candidates=32, front_size=12,
     augment="shift",
 )  # fmt: skip
@@ -103,8 +103,8 @@ SMALL = COMMON | dict(
 RECIPES = {
     ("synthetic", "resnet8"): SYNTHETIC,
     # Its last maps are 1 x 1, where BatchNorm averages over images alone: 256 leave 32 to each of 8 processes.
-    ("synthetic", "mbv2"): SYNTHETIC | dict(epochs=5, batch_size=256, lr=0.05, eval_images=128, lower=0.25, image_size=32,
-                                            fresh_widths=False),
+    ("synthetic", "mbv2"): SYNTHETIC | dict(epochs=5, batch_size=256, lr=0.05, tau=32, eval_images=128, lower=0.25,
+                                            image_size=32, fresh_widths=False),
     ("fashion-mnist", "resnet8"): SMALL,
     ("fashion-mnist", "mbv2"): SMALL | dict(lr=0.05),
     ("kmnist", "resnet8"): SMALL,
