@@ -2526,7 +2526,7 @@ def test_a_configuration_that_is_not_finite_is_left_out(tiny, tmp_path, capsys, 
     ("--data cifar100 --data-dir /nowhere", "/nowhere is not a folder"),
     ("--data cifar10 --data-dir .", "cifar-10-batches-py/batches.meta: missing"),
     ("--data kmnist --data-dir .", "KMNIST/raw/train-images-idx3-ubyte[.gz]: missing"),
-    ("--data imagenet --data-dir /nowhere", "/nowhere/train is missing"), ("--out=", "--out: expected a path, got ''"),
+    ("--data imagenet --data-dir /nowhere", "/nowhere/train is missing"), ("--out=", "--out: expected a folder, got ''"),
     ("--image-size 10000000", "needs less"), ("--init /nowhere.pth --data-dir /nowhere", "--init: /nowhere.pth"),
 ])  # fmt: skip
 def test_bad_flags_are_one_line_and_exit_2(flags, word, tiny, tmp_path, capsys):

@@ -439,7 +439,7 @@ def whole(low):
 amount = typed(float, lambda v: 0 <= v < math.inf, "a number, at least 0")
 portion = typed(float, lambda v: 0 <= v < 1, "a number in [0, 1)")
 multiplier = typed(float, lambda v: 0 < v <= 1, "a number in (0, 1]")
-folder = typed(lambda text: text and Path(text).expanduser(), bool, "a path")  # a shell leaves the ~ of --out=~/x
+folder = typed(lambda text: text and Path(text).expanduser(), bool, "a folder")  # a shell leaves the ~ of --out=~/x
 device = typed(torch.device, lambda v: v.type in ("cpu", "cuda"), "cpu, cuda or cuda:N")
 
 
