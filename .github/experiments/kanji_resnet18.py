@@ -1,0 +1,67 @@
+#!/usr/bin/env python3
+"""Is there something to find for memory where late layers are far too wide for their maps, and does joslim find it?
+
+    python .github/experiments/kanji_resnet18.py DIR         # the folder that kanji.py made
+
+resnet18 on kanji: of 24 x 24 pixels, 1 x 1 are left to its last stage, which holds most of the memory. First networks alone, eight
+epochs, at 13 and 25 % of the memory: uniform ones, and ones whose early half is at full width. Then joslim and slim for memory,
+four epochs, one sub-network a step. A first look: one seed, settings as kanji_resnet8.py has them but for these and the learning
+rate. Some 25 minutes of two cores. Figures go to results/kanji-resnet18/. A queue that was stopped is continued by the same command.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+import compare
+import kanji_resnet8
+import runs
+
+sys.path.insert(0, str(runs.PROJECT))
+import models  # noqa: E402
+from joslim import Joslim  # noqa: E402
+
+ROOT, KEPT, LOWER = Path("runs", "kanji-resnet18"), runs.RESULTS / "kanji-resnet18", 0.25
+
+
+def settings(**changed):
+    """kanji_resnet8.py's, as flags, with these changed."""
+    flags = list(kanji_resnet8.SETTINGS)
+    for name, value in changed.items():
+        flags[flags.index(f"--{name}") + 1] = value
+    return flags
+
+
+def list_alone(data_dir):
+    net = models.build("resnet18", 200, 24)
+    full, half = net.memory(1.0), net.num_widths // 2
+    sampler = Joslim(net.num_widths, lambda a, relaxed=False: net.memory(a, relaxed) / full, LOWER)
+
+    def at(widths, share):
+        return sampler.project_to_cost(torch.tensor([widths], dtype=torch.float64), torch.tensor([share]).double())[0]
+
+    thinnest = torch.tensor([1.0] * half + [LOWER] * half).double()  # the late half's, at the least width
+    share = (net.memory(thinnest) / full).item()
+    drawn = {"13%-early": thinnest, "13%-uniform": at([0.35] * 2 * half, share),
+             "25%-early": at([2.0] * half + [0.4] * half, 0.25), "25%-uniform": at([0.5] * 2 * half, 0.25)}  # fmt: skip
+    return [(name, ["--widths", " ".join(f"{w:.6g}" for w in a.tolist()), *settings(arch="resnet18", lr=0.4),
+                    "--data-dir", data_dir, "--eval-images", 128, "--seed", 0]) for name, a in drawn.items()]  # fmt: skip
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("data_dir", type=Path, metavar="DIR")
+    folder = p.parse_args().data_dir.resolve()
+    alone = list_alone(folder)
+    runs.queue(alone, ROOT, script=".github/experiments/alone.py")
+    for name, _ in alone:
+        (KEPT / name).mkdir(parents=True, exist_ok=True)
+        for file in ("front.csv", "settings.json"):
+            shutil.copyfile(ROOT / name / file, KEPT / name / file)
+    shared = [*settings(arch="resnet18", lr=0.4, epochs=4, subnets=1), "--data-dir", folder, "--seed", 10, "--cost", "memory",
+              "--eval-images", 128]  # fmt: skip
+    runs.queue([(method, [*shared, "--method", method]) for method in ("joslim", "slim")], ROOT)
+    compare.compare(runs.keep(ROOT, ["joslim", "slim"], "kanji-resnet18"), Path("runs", "kanji-resnet18.png"))
