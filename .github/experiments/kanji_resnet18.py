@@ -5,8 +5,8 @@
 
 resnet18 on kanji: of 24 x 24 pixels, 1 x 1 are left to its last stage, which holds most of the memory. First networks alone, eight
 epochs, at 13 and 25 % of the memory: uniform ones, and ones whose early half is at full width. Then joslim and slim for memory,
-four epochs, one sub-network a step. A first look: one seed, settings as kanji_resnet8.py has them but for these and the learning
-rate. Some 25 minutes of two cores. Figures go to results/kanji-resnet18/. A queue that was stopped is continued by the same command.
+four epochs, one sub-network a step, seeds 10 and 11. A first look: settings as kanji_resnet8.py has them but for these and the learning
+rate. Some 40 minutes of two cores. Figures go to results/kanji-resnet18/. A queue that was stopped is continued by the same command.
 """
 
 import argparse
@@ -61,7 +61,7 @@ if __name__ == "__main__":
         (KEPT / name).mkdir(parents=True, exist_ok=True)
         for file in ("front.csv", "settings.json"):
             shutil.copyfile(ROOT / name / file, KEPT / name / file)
-    shared = [*settings(arch="resnet18", lr=0.4, epochs=4, subnets=1), "--data-dir", folder, "--seed", 10, "--cost", "memory",
-              "--eval-images", 128]  # fmt: skip
-    runs.queue([(method, [*shared, "--method", method]) for method in ("joslim", "slim")], ROOT)
-    compare.compare(runs.keep(ROOT, ["joslim", "slim"], "kanji-resnet18"), Path("runs", "kanji-resnet18.png"))
+    shared = [*settings(arch="resnet18", lr=0.4, epochs=4, subnets=1), "--data-dir", folder, "--cost", "memory", "--eval-images", 128]
+    jobs = [(f"{method}-{seed}", [*shared, "--seed", seed, "--method", method]) for seed in (10, 11) for method in ("joslim", "slim")]
+    runs.queue(jobs, ROOT)
+    compare.compare(runs.keep(ROOT, [name for name, _ in jobs], "kanji-resnet18"), Path("runs", "kanji-resnet18.png"))
