@@ -2004,9 +2004,12 @@ def test_runs_start_from_weights(finished, tiny, tmp_path, capsys):
     torch.testing.assert_close(one(x), two(x), rtol=1e-4, atol=1e-5)  # no step has moved it; its channels are sorted
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "other.pth")
     (tmp_path / "garbage.pth").write_bytes(b"garbage")
-    torch.save([1, 2], tmp_path / "list.pth")
+    for name, content in (("list", [1, 2]), ("empty", {}), ("numbers", {"model": 3}), ("untensors", {"conv1.weight": 3})):
+        torch.save(content, tmp_path / f"{name}.pth")
     for name, word in (("other.pth", "not weights of this network"), ("garbage.pth", "not readable weights"),
-                       ("list.pth", "not readable weights"), ("none.pth", "not readable weights")):  # fmt: skip
+                       ("list.pth", "not readable weights"), ("none.pth", "not readable weights"),
+                       ("empty.pth", "not weights of this"), ("numbers.pth", "not readable weights"),
+                       ("untensors.pth", "not weights of this")):  # fmt: skip
         capsys.readouterr()
         assert train.main([*flags, "--init", str(tmp_path / name), "--out", str(tmp_path / "x")]) == 2
         assert word in one_line(capsys) and not list((tmp_path / "x").glob("*.pt"))

@@ -124,7 +124,8 @@ def train(run: "Run") -> None:
     # The same loop is `slim` (one width for all layers) and `twostage` (one for each), drawn at random before every step:
     # rounds of one step.
     tau = args.tau if args.method == "joslim" else 1
-    per_round = args.subnets * (tau if args.fresh_widths else 1)  # M for all steps till the next round, or M for each
+    # M proposals a round, which all its steps train; with --fresh-widths M for each step, of which the first M join the history.
+    per_round = args.subnets * (tau if args.fresh_widths else 1)
 
     @Replay  # a CUDA graph of each step whose widths come again: faster, the same numbers; nothing on a CPU
     def add_gradients(x, y, widths):
@@ -146,12 +147,12 @@ def train(run: "Run") -> None:
                 with run.searching():  # whose time is counted
                     if sampler.ready:  # once the first n0 are drawn; never for random samplers, which use no losses
                         # 1. Re-evaluate all of the history under today's weights, on images held out from training: each
-                        # round takes the next --eval-images of them, and each process its share.
+                        # round takes the next --eval-images of them, round and round, and each process its share.
                         images, labels = data.held_out(run.step // tau)
                         history_losses = evaluate(net, sampler.widths, images, labels, args.amp)
                         run.observe(world.mean(history_losses))
-                    # 2. Fit a GP to these losses, 3. propose, 4. append the first M proposals to the history (--fresh-widths
-                    # makes more, too many to re-evaluate all): joslim.py's `Joslim.sample`, on process 0 for all.
+                    # 2. Fit a GP to these losses, 3. propose (until ready, draw at random), 4. append the first M proposals to
+                    # the history (more would be too many to re-evaluate): joslim.py's `Joslim.sample`, on process 0 for all.
                     run.proposals = world.propose(sampler, per_round, keep=args.subnets)
 
             # A step. `average_gradients` is the one message between processes: gradients, whose mean all take, and whether a
@@ -1343,7 +1344,7 @@ def read_init(path):
     """The weights in a file of torchvision's or in a front.pt."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return state.get("model", state)
+        return {name: t for name, t in state.get("model", state).items() if isinstance(t, torch.Tensor)}
     except Exception as e:  # a damaged file makes its readers raise nearly anything
         raise UserError(f"--init: {path}: not readable weights ({type(e).__name__}: {first_line(e)})") from None
 
@@ -1398,7 +1399,7 @@ class Run:
                 raise UserError(f"{folder / 'checkpoint.pt'}: that run had other images than {args.data_dir} has now; "
                                 "give it those, or start anew")  # fmt: skip
         self.net = models.build(**self.network)
-        if init:
+        if init is not None:
             load_init(self.net, init, args.init, self.say)
         self.net.to(world.device, memory_format=torch.channels_last).train()  # the faster layout on GPU and CPU alike
         if args.cost == "latency":
@@ -1660,8 +1661,9 @@ def benchmark(args, world):
         raise UserError(f"--cost {args.cost}: {args.out} has no such column in its front")
     widths = net.front["widths"]
     times = models.time_networks(net, widths, **timing(args))
+    memory = "     peak MB" if world.device.type == "cuda" else "MB by formula"
     tell(f"{world.device}, {args.threads or torch.get_num_threads()} threads, batch {args.latency_batch}\n"
-         f"  {args.cost:>8}  top-1   least ms  of full   median  (quartiles) {'peak MB' if world.device.type == 'cuda' else 'MB, by formula':>12}")  # fmt: skip
+         f"  {args.cost:>8}  top-1   least ms  of full   median  (quartiles) {memory}")  # fmt: skip
     quartiles, least = times.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64), 1), times.amin(1)
     for i, (a, low, middle, high) in enumerate(zip(widths, *quartiles)):
         peak = net.memory(a).item()
