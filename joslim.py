@@ -26,7 +26,6 @@ This file needs torch and gp.py. BatchNorm must not track its statistics in trai
 change them: `models.BatchNorm2d`, or momentum 0.
 """
 
-import copy
 import math
 from contextlib import contextmanager
 from typing import Callable, Iterable
@@ -43,7 +42,7 @@ from gp import GP, chebyshev, optimize_acquisition, require, require_values, ucb
 class RandomWidths:
     """a ~ U[lower, 1]^d, every width for itself: how OFA and BigNAS train their shared weights.
 
-    Raises ValueError for dim below 1 or lower outside (0, 1].
+    Raises ValueError for dim below 1, lower outside (0, 1], or a seed that torch's generators would shorten.
     """
 
     ready = False  # it does not look at losses, so nothing need be evaluated for it
@@ -51,6 +50,7 @@ class RandomWidths:
     def __init__(self, dim: int, lower: float = 0.42, seed: int = 0):
         require(dim >= 1, f"dim must be at least 1, got {dim}")
         require(0 < lower <= 1, f"lower must lie in (0, 1], got {lower}")
+        require(0 <= seed < 2**32, f"seed must lie in [0, 2^32), got {seed}")  # of more bits torch's generator drops the upper
         self.dim, self.lower = dim, lower
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -396,8 +396,10 @@ def calibrate_bn(net: nn.Module, batches: Iterable[Tensor | tuple[Tensor, ...]])
     raised, the statistics are then as they were.
     """
     norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta, before = [m.momentum for m in norms], [copy.deepcopy(dict(m.named_buffers())) for m in norms]
-    for m in norms:
+    momenta, before = [m.momentum for m in norms], [dict(m.named_buffers(recurse=False)) for m in norms]
+    for m, buffers in zip(norms, before):
+        for name, b in buffers.items():  # new ones: another network, process or thread may hold the old
+            setattr(m, name, b.clone())
         m.reset_running_stats()
     count = 0
     try:
@@ -411,8 +413,8 @@ def calibrate_bn(net: nn.Module, batches: Iterable[Tensor | tuple[Tensor, ...]])
         require(count > 0, "batches: at least one is needed to calibrate BatchNorm")
     except BaseException:
         for m, buffers in zip(norms, before):
-            for name, b in m.named_buffers():
-                b.copy_(buffers[name])
+            for name, b in buffers.items():
+                setattr(m, name, b)
         raise
     finally:  # a momentum left behind would let training write the statistics
         for m, momentum in zip(norms, momenta):

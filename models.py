@@ -23,7 +23,10 @@ This file needs torch alone.
 
 import copy
 import functools
+import io
+import math
 import time
+import zipfile
 from collections import OrderedDict
 
 import torch
@@ -332,26 +335,39 @@ class Slimmable(nn.Sequential):
     def use(self, **budget: float) -> dict[str, float]:
         """Runs from now on at the front's best configuration within a budget, in eval mode: use(flops=0.5).
 
-        One of flops, params, memory (bytes) and, where it was measured, latency (ms): a ratio to the full network's,
-        or, above 1, the cost itself (so a latency below 1 ms can be given as a ratio only). BatchNorm's statistics
-        come along: no images are needed. Returns that configuration's row of front.csv, but for its widths. Raises
-        ValueError without a front, and for a budget that none fits into.
+        Of flops, params, memory (bytes) and, where it was measured, latency (ms), one or several, which all hold: a ratio
+        to the full network's, or, above 1, the cost itself (so a latency below 1 ms can be given as a ratio only).
+        BatchNorm's statistics come along: no images are needed. Returns that configuration's row of front.csv, but for
+        its widths. Raises ValueError without a front, and for a budget that none fits into; then nothing has changed.
+
+        Widths and statistics are this object's: threads and processes take a network each, or one that `extract` gives.
         """
-        if len(budget) != 1:
-            raise ValueError("use: name one budget, as in use(flops=0.5)")
-        ((name, limit),) = budget.items()
-        if name not in COSTS or name not in (self.front or {}):
-            raise ValueError(f"use: no front with a {name} to choose from; models.load() what a run has written")
-        cost = self.front[name]
-        fits = (cost <= (limit if limit > 1 else limit * cost.max()) * (1 + 1e-9)).nonzero()
-        if not len(fits):
-            raise ValueError(f"{name}: nothing fits into {limit:g}; the smallest needs {cost.min():g}, "
-                             f"{cost.min() / cost.max():.4f} of the full network")  # fmt: skip
-        best = int(fits[-1])  # of rising cost, and so of falling loss on held-out images
-        self.set_widths(self.front["widths"][best])
+        if not budget:
+            raise ValueError("use: name a budget, as in use(flops=0.5)")
+        fits = True
+        for name, limit in budget.items():
+            if name not in COSTS or name not in (self.front or {}):
+                raise ValueError(f"use: no front with a {name} to choose from; models.load() what a run has written")
+            cost = self.front[name]
+            within = cost <= (limit if limit > 1 else limit * cost.max()) * (1 + 1e-9)
+            if not within.any():
+                raise ValueError(f"{name}: nothing fits into {limit:g}; the smallest needs {cost.min():.15g}, "
+                                 f"{round_up(cost.min()[None] / cost.max(), 4)[0]} of the full network")  # fmt: skip
+            fits = within & fits
+        if not fits.any():
+            raise ValueError(f"use: nothing fits into all of {', '.join(f'{k}={v:g}' for k, v in budget.items())}")
+        best = int(fits.nonzero()[-1])  # of rising cost, and so of falling loss on held-out images
+        self.channels(self.front["widths"][best])  # raises before anything is changed
         set_statistics(self, self.statistics[best])
+        self.set_widths(self.front["widths"][best])
         self.eval()
         return {k: v[best].item() for k, v in self.front.items() if k != "widths"}
+
+
+def round_up(costs: Tensor, digits: int) -> list[str]:
+    """Decimals no less than the costs (k,): given back as a budget, one finds its row. More digits where rows need them."""
+    shown = [f"{math.ceil(v * 10**digits * (1 - 1e-10)) / 10**digits:.{digits}f}" for v in costs.tolist()]
+    return shown if len({*shown}) == len({*costs.tolist()}) or digits > 12 else round_up(costs, digits + 1)
 
 
 def _plain(layer):
@@ -538,20 +554,44 @@ def get_statistics(net: Slimmable) -> Tensor:
 
 
 def set_statistics(net: Slimmable, vector: Tensor) -> None:
-    """Sets what `get_statistics` gave."""
-    buffers = [t for m in _norms(net) for t in (m.running_mean, m.running_var)]
-    for t, part in zip(buffers, vector.to(buffers[0]).split([len(t) for t in buffers])):
-        t.copy_(part)
+    """Sets what `get_statistics` gave: new buffers, as others (a copy, a process, a thread) may hold the old ones."""
+    norms = _norms(net)
+    parts = vector.to(norms[0].running_mean, copy=True).split([len(m.running_mean) for m in norms for _ in range(2)])
+    for m, mean, var in zip(norms, parts[::2], parts[1::2]):
+        m.running_mean, m.running_var = mean, var
 
 
+def read_tensors(path: str) -> dict:
+    """What torch.save wrote, on the CPU; checksums, at which torch.load does not look, are verified first.
+
+    Runs nothing that is in the file. Raises ValueError, of one line, for a damaged or cut file and for another kind of
+    file; OSError or MemoryError where reading failed, which says nothing about the file.
+    """
+    with open(path, "rb") as f:
+        file = io.BytesIO(f.read())  # what is verified is what is loaded
+    try:
+        if file.getbuffer()[:2] == b"PK":  # a zip archive, as all are but torch's oldest
+            damaged = zipfile.ZipFile(file).testzip()
+            if damaged:
+                raise ValueError(f"{damaged} is corrupt")
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as e:  # a damaged file makes its readers raise nearly anything
+        if isinstance(e, MemoryError) or "memory" in str(e):
+            raise
+        reason = (str(e).splitlines() or [""])[0]
+        raise ValueError(f"{path}: not a readable file of torch's, or a damaged one ({type(e).__name__}: {reason})") from None
+
+
+@torch.inference_mode(False)  # what is loaded within one serves outside as well
 def load(path: str, device: torch.device | str = "cpu") -> Slimmable:
     """The network of a front.pt, with its front: see `Slimmable.use`. In eval mode, at full width.
 
     `net.data` holds the names of the classes, and mean and deviation of the images: they are to be
-    (image / 255 - mean) / std. Runs nothing that is in the file. Raises ValueError for another file of torch's.
+    (image / 255 - mean) / std. Raises as `read_tensors`, and ValueError for another file of torch's.
     """
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, dict) or not {"network", "model", "front"} <= state.keys():
+    state = read_tensors(path)
+    if not isinstance(state, dict) or not {"network", "model", "front", "statistics", "data", "cost"} <= state.keys():
         raise ValueError(f"{path}: not a front.pt, which train.py writes when a run is done")
     net = build(**state["network"])
     net.load_state_dict(state["model"])
