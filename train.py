@@ -7,17 +7,15 @@
     torchrun --nnodes=2 --node_rank=R --master_addr=HOST --nproc_per_node=8 train.py ...  # on each of two nodes
     python train.py --out RUN --export 0.5               # the finished run's best network within half of the cost, as a file
 
-Written under --out: checkpoint.pt, log.jsonl, front.csv, front.pt (`models.load` reads it) and, where matplotlib is
-installed, front.png.
-
 This file in order: recipes; `train`, the loop; `find_front` and `test_front`; `main`; then what
 those need: arguments, processes, data, files, the run's state.
 """
 
 import argparse
 import csv
+import errno
+import functools
 import hashlib
-import importlib.util
 import io
 import itertools
 import json
@@ -26,14 +24,16 @@ import multiprocessing
 import os
 import shlex
 import signal
+import stat
 import struct
 import sys
 import tempfile
 import textwrap
 import threading
 import time
-import zipfile
-from collections import Counter, deque
+import warnings
+import weakref
+from collections import Counter
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from multiprocessing.pool import ThreadPool
@@ -59,44 +59,27 @@ except ImportError:  # Windows
 
 # ------------------------------------------------------------------------------ recipes
 
-# Each entry is a default that the flag of its name overrules (`candidates` has none). The first
-# network of a data set is its default; any other that is not listed takes the first one's recipe.
-# `lr` is for batches of 256.
+# Each entry is a default of the flag of its name; what it leaves out has the default that --help gives (and `candidates`,
+# judged on the whole held-out split at the end, is no flag). The first network of a data set is its default; any other that
+# is not listed takes the first one's recipe. `lr` is for batches of 256.
 
-COMMON = dict(
-    subnets=2,             # M: sub-networks a step, besides the full and the smallest
-    fresh_widths=False,    # M proposals for each step of a round, not M for all of them
-    num_prior=20,          # n0: widths, each one for all layers, before the GP's first proposal
-    beta=0.1,              # the acquisition's optimism
-    lower=0.42,            # w0: the smallest width
-    warmup_epochs=5.0,
-    label_smoothing=0.0,
-    distillation=True,
-    eval_images=512,       # on which a round re-evaluates the history
-    calibrate_images=2048, # for BatchNorm's statistics before a test
-    candidates=60,         # configurations judged on the whole held-out split at the end
-    front_size=20,         # configurations tested, at most
-    augment="none",        # of training images
-    flip=False,
-    divisor=1,             # of channel counts
-)  # fmt: skip
 # The paper visits 1000 configurations: 200 epochs of 351 steps, two every 140.
-CIFAR = COMMON | dict(
+CIFAR = dict(
     epochs=200, batch_size=128, lr=0.1, weight_decay=5e-4, tau=140, held_out=5000, eval_images=80, image_size=32,
     augment="shift", flip=True,
 )  # fmt: skip
 # Multiples of 8 suit tensor cores, and make so few convolution shapes that cuDNN's plans for them stay in its cache.
-IMAGENET = COMMON | dict(
+IMAGENET = dict(
     epochs=250, batch_size=1024, lr=0.125, weight_decay=4e-5, tau=625, held_out=10000, label_smoothing=0.1, image_size=224,
     augment="imagenet", flip=True, divisor=8,
 )  # fmt: skip
 # For two CPU cores. One sub-network a step: so short a training learns less with two.
-SYNTHETIC = COMMON | dict(
+SYNTHETIC = dict(
     epochs=8, batch_size=64, lr=0.5, weight_decay=5e-4, tau=48, held_out=1000, image_size=16, subnets=1, fresh_widths=True,
     num_prior=8, lower=0.125, warmup_epochs=0.5, eval_images=64, calibrate_images=512, candidates=32, front_size=12,
     augment="shift",
 )  # fmt: skip
-SMALL = COMMON | dict(
+SMALL = dict(
     epochs=4, batch_size=32, lr=0.5, weight_decay=5e-4, tau=150, held_out=2500, image_size=28, subnets=1,
     warmup_epochs=0.2, eval_images=125, calibrate_images=1024, candidates=24, front_size=16,
 )  # fmt: skip
@@ -155,8 +138,7 @@ def train(run: "Run") -> None:
                     # the history (more would be too many to re-evaluate): joslim.py's `Joslim.sample`, on process 0 for all.
                     run.proposals = world.propose(sampler, per_round, keep=args.subnets)
 
-            # A step. `average_gradients` is the one message between processes: gradients, whose mean all take, and whether a
-            # signal asked any of them to stop.
+            # A step. `average_gradients` is the one message between processes: gradients, whose mean all take.
             turns = run.proposals.split(args.subnets)  # one, unless --fresh-widths
             widths = turns[run.step % len(turns)]
             losses = add_gradients(x, y, widths)
@@ -166,7 +148,7 @@ def train(run: "Run") -> None:
             run.optimizer.step()
             run.step += 1
 
-            # Now and then a progress line, a checkpoint; the end, of all processes alike, where one was asked to stop.
+            # Now and then a progress line, a checkpoint; the end, of all processes alike, where a signal asked one to stop.
             run.after_step(epoch, widths, losses)
 
 
@@ -210,7 +192,7 @@ def find_front(run: "Run") -> torch.Tensor:
     ranked[cost.argmax()] = -torch.inf  # the full network ends the front, whatever the noise says
     front = thin(pareto_front(ranked, cost), cost, args.front_size)
     if args.cost == "latency":  # so far by the fit; measured, it must rise as well
-        times = models.time_networks(net, candidates[front], **timing(args)).amin(1) if world.rank == 0 else None
+        times = models.time_networks(net, candidates[front], **run.timing).amin(1) if world.rank == 0 else None
         times = world.from_first(times)
         rising = pareto_front(ranked[front], times)
         front, run.milliseconds = front[rising], times[rising]
@@ -280,14 +262,14 @@ def test_front(run: "Run", front: torch.Tensor) -> dict[str, torch.Tensor]:
 def main(argv: list[str] | None = None) -> int:
     """A whole run -> its exit code. What the user can mend is one line on stderr, from one process."""
     argv = sys.argv[1:] if argv is None else argv
-    world, run, others, code = World(), None, multiprocessing.active_children(), 1
+    world, run, code = World(), None, 1
     with handling_signals(world.ask):
         try:
             args = parse_args(argv)
             world.meet(args.device)
-            if args.export is not None or args.benchmark:
-                (export if args.export is not None else benchmark)(args, world)
-            else:
+            if args.export is not None and world.rank == 0:
+                export(args, world)
+            elif args.export is None:
                 with run_folder(args, world) as log_file:
                     run = Run(args, world, log_file, argv)
                     with world.finishing_steps():
@@ -305,7 +287,7 @@ def main(argv: list[str] | None = None) -> int:
                 tell("train.py: " + line.replace("\n", "\\n"), sys.stderr)
         finally:
             world.finishing = True
-            end_workers(others)
+            end_loaders()
             world.leave(code)
     return code
 
@@ -329,18 +311,20 @@ class Stopped(KeyboardInterrupt):
 def one_line(e, run):
     """What to say of an exception, or None where it is a bug; the exit code."""
     if isinstance(e, KeyboardInterrupt):
-        line = "stopped before the first step"
+        line = "stopped before training began; nothing has changed, the same command starts it again"
         if run:
-            start = "torchrun ..." if run.world.size > 1 else "python"
-            command = shlex.join([os.path.relpath(__file__), *(a for a in run.argv if a != "--resume"), "--resume"])
-            line = f"stopped at step {run.step}, all saved; continue with: {start} {command}"
+            line = f"stopped at step {run.step}, all saved; {run.continuation}"
         return line, 128 + (e.args[0] if isinstance(e, Stopped) else signal.SIGINT)
+    if isinstance(e, UserError):
+        return str(e), e.code
     if isinstance(e, RuntimeError) and "DataLoader worker" in str(e):  # torch raises it wherever training is at the time
-        return (f"{first_line(e)}; fewer --workers need less memory, 0 none; in a container, allow more shared memory "
-                "(docker run --shm-size)"), 2  # fmt: skip
+        return f"{first_line(e)}; fewer --workers need less memory, and docker run --shm-size allows more", 2
     if out_of_memory(e):
         return f"{first_line(e) or 'out of memory'}; a smaller --batch-size or --image-size needs less, and --accumulate", 2
-    return (str(e), e.code) if isinstance(e, UserError) else (None, 1)
+    if of_the_machine(e):
+        where = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else first_line(e)
+        return f"{where}{'; the last checkpoint stands' if run and run.step else ''}", 2
+    return None, 1
 
 
 def out_of_memory(e):
@@ -349,17 +333,24 @@ def out_of_memory(e):
     return isinstance(e, MemoryError) or isinstance(e, RuntimeError) and says
 
 
+def of_the_machine(e):
+    """Whether an exception is the operating system's; torch and Python pass some on as a RuntimeError in its words."""
+    words = [os.strerror(number) for number in errno.errorcode] + ["can't start new thread"]
+    return isinstance(e, OSError) or isinstance(e, RuntimeError) and any(word in str(e) for word in words)
+
+
 def tell(text, stream=None):
     """Prints a line, what the stream cannot encode escaped. A terminal or pipe that is gone ends no run."""
     stream = stream or sys.stdout
     if stream is None:
         return
     try:
-        encoding = stream.encoding or "utf-8"
+        encoding = getattr(stream, "encoding", None) or "utf-8"
         print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
-    except OSError:
-        with suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except Exception as e:  # of a stream of one's own, nearly anything
+        if isinstance(e, OSError):
+            with suppress(Exception):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 # ------------------------------------------------------------------------------ signals
@@ -382,41 +373,28 @@ def handling_signals(handler):
             signal.signal(number, former or signal.SIG_DFL)
 
 
-@contextmanager
-def deaf_children():
-    """Processes started within the block do not get our signals: one to the whole group is the training process's
-    to act on, which saves and then ends them (`end_workers`)."""
-    mask = hasattr(signal, "pthread_sigmask") and signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        if mask is not False:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+LOADERS = weakref.WeakSet()  # the loading processes, which no signal reaches
 
 
-def end_workers(others):
+def end_loaders():
     """Kills loading processes that are still there: deaf ones outlive the polite request that Python makes at exit."""
-    workers = [child for child in multiprocessing.active_children() if child not in others]
-    if workers and hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+    loaders = [loader for loader in LOADERS if loader.is_alive()]
+    if loaders and hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises where a worker is killed
-    for worker in workers:
-        worker.kill()
+    for loader in loaders:
+        loader.kill()
 
 
 # ------------------------------------------------------------------------------ arguments
 
 COSTS = "flops", "params", "memory"  # and latency, which is measured
 # Flags that may change between a run and its continuation: they decide where and how fast, not what.
-FREE = {"out", "resume", "search", "device", "data_dir", "workers", "save_minutes", "log_seconds", "download", "export",
-        "benchmark"}  # fmt: skip
+FREE = {"out", "resume", "search", "device", "data_dir", "workers", "save_minutes", "log_seconds", "download", "export"}
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # argparse prints the usage as well, dozens of lines
         raise UserError(message.removeprefix("argument "))
-
-    def _print_message(self, message, file=None):
-        tell(message, file)
 
 
 def typed(kind, fits, wanted):
@@ -433,8 +411,8 @@ def typed(kind, fits, wanted):
     return read
 
 
-def whole(low):
-    return typed(int, lambda v: low <= v < 2**63, f"a whole number, at least {low} and below 2^63")
+def whole(low, bits=63):
+    return typed(int, lambda v: low <= v < 2**bits, f"a whole number, at least {low} and below 2^{bits}")
 
 
 amount = typed(float, lambda v: 0 <= v < math.inf, "a number, at least 0")
@@ -445,17 +423,16 @@ device = typed(torch.device, lambda v: v.type in ("cpu", "cuda"), "cpu, cuda or 
 
 
 def describe_recipes():
-    """The numbers of RECIPES, for --help: those that all share, then each one's own."""
-    named = {"every recipe": COMMON}
-    named |= {" ".join(key): dict(recipe.items() - COMMON.items()) for key, recipe in RECIPES.items()}
-    lines = (f"{name}: " + " ".join(f"{k}={v}" for k, v in sorted(recipe.items())) for name, recipe in named.items())
+    """The numbers of RECIPES, for --help."""
+    lines = (f"{' '.join(key)}: " + " ".join(f"{k}={v}" for k, v in sorted(recipe.items())) for key, recipe in RECIPES.items())
     wrapped = (textwrap.fill(line, 110, initial_indent="  ", subsequent_indent="      ") for line in lines)
-    return "recipes, which give the flags without a default their values:\n" + "\n".join(wrapped)
+    return "recipes, other defaults for some data and networks:\n" + "\n".join(wrapped)
 
 
 def parse_args(argv=None):
     p = Parser(prog="train.py", description=__doc__, epilog=describe_recipes(),
                formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    switch = argparse.BooleanOptionalAction
 
     g = p.add_argument_group("what to train")
     g.add_argument("--data", default="synthetic", choices=dict.fromkeys(data for data, _ in RECIPES),
@@ -463,10 +440,9 @@ def parse_args(argv=None):
     g.add_argument("--data-dir", type=folder, metavar="DIR", help="where its files lie (imagenet: holds train/ and val/)")
     g.add_argument("--download", action="store_true", help="let torchvision fetch a missing data set")
     g.add_argument("--image-size", type=whole(2), metavar="PIXELS", help="resize images to this")
-    g.add_argument("--augment", choices=["none", "shift", "imagenet"],
-                   help="training images: as they are, shifted by up to an eighth, or random crops in jittered colours (folders)")
-    g.add_argument("--flip", action=argparse.BooleanOptionalAction,
-                   help="mirror half of them: not for letters, signs, left and right hands")
+    g.add_argument("--augment", choices=["none", "shift", "imagenet"], default="none",
+                   help="training images: as they are, shifted by up to an eighth, random crops in jittered colours (folders)")
+    g.add_argument("--flip", action=switch, default=False, help="mirror half: not for letters, signs, left and right hands")
     g.add_argument("--arch", choices=models.ARCHS, help="network (default: the first recipe's of the data set)")
     g.add_argument("--method", choices=["joslim", "slim", "twostage"],
                    help="widths from Bayesian optimisation, uniform, or random and searched afterwards (default: joslim)")
@@ -476,8 +452,7 @@ def parse_args(argv=None):
                    help="do not train: search that run's finished weights, by its settings, as twostage does its own")
     g.add_argument("--init", type=folder, metavar="FILE",
                    help="start from torchvision's weights, or a front.pt's; each group's channels sorted by importance")
-    g.add_argument("--seed", type=whole(0), default=0,
-                   help="of weights, split, data order, widths (default: %(default)s)")
+    g.add_argument("--seed", type=whole(0, 32), default=0, help="of weights, split, data order, widths (default: %(default)s)")
 
     g = p.add_argument_group("weights")
     g.add_argument("--epochs", type=whole(1))
@@ -485,67 +460,63 @@ def parse_args(argv=None):
     g.add_argument("--accumulate", type=whole(1), default=1, metavar="K",
                    help="split each process's batch into K parts, one after another: less memory (default: %(default)s)")
     g.add_argument("--lr", type=amount, help="peak learning rate at batch 256; scaled by batch / 256")
-    g.add_argument("--warmup-epochs", type=amount, help="linear warm-up")
+    g.add_argument("--warmup-epochs", type=amount, default=5.0, help="linear warm-up (default: %(default)s)")
     g.add_argument("--weight-decay", type=amount, help="not on BatchNorm and biases")
-    g.add_argument("--label-smoothing", type=portion, help="for those that learn from the labels")
-    g.add_argument("--distillation", action=argparse.BooleanOptionalAction,
-                   help="sub-networks learn from the full network's outputs; without, from the labels, as it does")
+    g.add_argument("--label-smoothing", type=portion, default=0.0, help="for those that learn from the labels")
+    g.add_argument("--distillation", action=switch, default=True, help="sub-networks learn from the full one, not the labels")
 
     g = p.add_argument_group("widths")
-    g.add_argument("--lower", type=multiplier, metavar="W0", help="smallest width")
-    g.add_argument("--divisor", type=whole(1), metavar="N", help="channel counts are multiples of N; 8 suits most processors")
-    g.add_argument("--subnets", type=whole(1), metavar="M", help="sub-networks a step, and configurations a round")
+    g.add_argument("--lower", type=multiplier, default=0.42, metavar="W0", help="smallest width (default: %(default)s)")
+    g.add_argument("--divisor", type=whole(1), default=1, metavar="N", help="channel counts are multiples: 8 suits most processors")
+    g.add_argument("--subnets", type=whole(1), default=2, metavar="M",
+                   help="sub-networks a step, besides the full and the smallest; configurations a round (default: %(default)s)")
     g.add_argument("--tau", type=whole(1), help="steps between rounds")
-    g.add_argument("--fresh-widths", action=argparse.BooleanOptionalAction,
-                   help="propose M configurations for each step of a round, of which M in all join the history; "
-                        "without, M for the round, as in the paper")
-    g.add_argument("--num-prior", type=whole(1), metavar="N0", help="uniform proposals before the GP's")
-    g.add_argument("--beta", type=amount, help="the variance's weight in the acquisition")
-    g.add_argument("--random-lambda", action=argparse.BooleanOptionalAction, default=False,
-                   help="draw lambda, not a target cost, for each proposal")
+    g.add_argument("--fresh-widths", action=switch, default=False,
+                   help="M proposals for each step of a round, of which M in all join the history (the paper: M for the round)")
+    g.add_argument("--num-prior", type=whole(1), default=20, metavar="N0",
+                   help="widths, each one for all layers, before the GP's first proposal (default: %(default)s)")
+    g.add_argument("--beta", type=amount, default=0.1, help="the variance's weight in the acquisition (default: %(default)s)")
+    g.add_argument("--random-lambda", action=switch, default=False, help="draw lambda, not a target cost, for each proposal")
     g.add_argument("--held-out", type=whole(1), metavar="IMAGES", help="training images kept for judging configurations")
-    g.add_argument("--eval-images", type=whole(1), metavar="IMAGES", help="of these, how many a round judges the history on")
-    g.add_argument("--calibrate-images", type=whole(2), metavar="IMAGES", help="training images for BatchNorm's statistics")
-    g.add_argument("--front-size", type=whole(2), metavar="K", help="configurations tested at the end, at most")
+    g.add_argument("--eval-images", type=whole(1), default=512, metavar="IMAGES",
+                   help="of these, how many a round judges the history on (default: %(default)s)")
+    g.add_argument("--calibrate-images", type=whole(2), default=2048, metavar="IMAGES",
+                   help="training images for BatchNorm's statistics before a test (default: %(default)s)")
+    g.add_argument("--front-size", type=whole(2), default=20, metavar="K",
+                   help="configurations tested at the end, at most (default: %(default)s)")
+    p.set_defaults(candidates=60)
 
     g = p.add_argument_group("the run")
     g.add_argument("--out", type=folder, metavar="RUN", help="its folder (default: runs/<data>-<arch>-<method>-<seed>)")
     g.add_argument("--resume", action="store_true", help="continue the run in --out; start it if there is none")
     g.add_argument("--device", type=device, help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    g.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: on GPUs that have it)")
+    g.add_argument("--amp", action=switch, help="bfloat16 autocast (default: on GPUs that have it)")
     g.add_argument("--workers", type=whole(0), metavar="N",
                    help="loading processes per training process, image folders only (default: the cores it may use, shared)")
     g.add_argument("--save-minutes", type=amount, default=10.0, metavar="T",
                    help="checkpoint at least this often, besides each epoch's end (default: %(default)s)")
-    g.add_argument("--log-seconds", type=amount, default=10.0, metavar="T",
-                   help="between progress lines (default: %(default)s)")
+    g.add_argument("--log-seconds", type=amount, default=10.0, metavar="T", help="between progress lines (default: %(default)s)")
 
     g = p.add_argument_group("a finished run, put to use")
     g.add_argument("--export", type=amount, metavar="BUDGET",
-                   help="write the best network in --out within BUDGET (of its cost: a ratio up to 1, or the cost) as .pt2, and "
-                        "as .onnx where onnxscript and onnxruntime are installed")
-    g.add_argument("--benchmark", action="store_true", help="print the latency of the front in --out on this machine")
+                   help="write the best network in --out within BUDGET (up to 1 a share of the cost, else the cost): .pt2, .onnx")
     g.add_argument("--threads", type=whole(1), metavar="N", help="of a CPU, for latencies (default: torch's)")
     g.add_argument("--latency-batch", type=whole(1), default=1, metavar="IMAGES", help="for latencies (default: %(default)s)")
 
     args = p.parse_args(argv)
     if args.search and args.method not in (None, "twostage"):
         p.error(f"--search: searches as --method twostage does, not {args.method}")
-    if (args.benchmark or args.export is not None) and not args.out:
-        p.error("--export, --benchmark: name the finished run's folder with --out")
-    if (args.benchmark or args.export is not None) and os.environ.get("WORLD_SIZE", "1") != "1":
-        p.error("--export, --benchmark: one process is enough; start it without torchrun")
-    finished = args.search or (args.out if args.benchmark or args.export is not None else None)
+    if args.export is not None and not args.out:
+        p.error("--export: name the finished run's folder with --out")
+    finished = args.search or (args.out if args.export is not None else None)
     if finished:  # its settings are the defaults
         state = read_finished(finished)
         known = {k: v for k, v in state["settings"].items() if not (args.search and k in ("cost", "method", "trained_as"))}
         p.set_defaults(data_dir=state["data_dir"] and Path(state["data_dir"]), **known)
-        args = p.parse_args(argv)
-    first = next(key for key in RECIPES if key[0] == args.data)
-    args.arch = args.arch or first[1]
-    for name, value in RECIPES.get((args.data, args.arch), RECIPES[first]).items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
+    else:
+        first = next(key for key in RECIPES if key[0] == args.data)
+        p.set_defaults(arch=first[1], **RECIPES.get((args.data, args.arch), RECIPES[first]))
+    args = p.parse_args(argv)
     args.method = args.method or ("twostage" if args.search else "joslim")
     if args.data != "synthetic" and args.data_dir is None:
         p.error(f"--data-dir: --data {args.data} needs it, the folder that holds its files")
@@ -555,10 +526,20 @@ def parse_args(argv=None):
         p.error(f"--augment imagenet: for folders of images; --data {args.data} takes none or shift")
     if args.workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        args.workers = max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # each holds two batches
+        args.workers = max(1, min(16, cores // max(from_torchrun("LOCAL_WORLD_SIZE", 1), 1)))  # each holds two batches
+    if multiprocessing.current_process().daemon:  # which may have no children
+        args.workers = 0
+    args.init = args.init and Path(os.path.abspath(args.init))  # the same, however it is called
     args.out = args.out or Path("runs", f"{args.data}-{args.arch}-{args.method}-{args.seed}")
-    args.resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun --max-restarts
     return args
+
+
+def from_torchrun(name, otherwise):
+    """A whole number that torchrun puts into the environment."""
+    try:
+        return int(os.environ.get(name) or otherwise)
+    except ValueError:
+        raise UserError(f"{name} is {os.environ[name]!r} in the environment, not a number; leave that to torchrun") from None
 
 
 # ------------------------------------------------------------------------------ processes
@@ -571,45 +552,46 @@ class World:
     """This process among all that torchrun started; alone without it."""
 
     def __init__(self):
-        self.rank, self.local_rank, self.size, self.faults = 0, 0, 1, None
-        self.asked, self.stopping, self.finishing, self.requests = 0, False, False, deque()  # see `ask`
+        self.rank, self.local_rank, self.size, self.faults, self.job = 0, 0, 1, None, None
+        self.asked, self.finishing = 0, False  # see `ask`
 
     def meet(self, device: torch.device | str | None = None) -> "World":
-        """Takes its device, and finds the other processes, where there are any."""
-        store = self.find_others() if os.environ.get("WORLD_SIZE", "1") != "1" else None
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if self.device.type == "cuda":
-            index = self.local_rank if self.device.index is None else self.device.index
-            if index >= torch.cuda.device_count():
-                raise UserError(f"--device {device}: GPU {index} asked for, this machine has {torch.cuda.device_count()}")
-            self.device = torch.device("cuda", index)
-            torch.cuda.set_device(self.device)
-        if self.size > 1:
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=PATIENCE, rank=self.rank, world_size=self.size, store=store)
-        return self
-
-    def find_others(self):
-        """The store by which the processes find each other, at the address that torchrun puts into the environment."""
+        """Finds the other processes, where there are any, and takes its device."""
+        launched = os.environ.get("WORLD_SIZE", "1") != "1" or "TORCHELASTIC_RUN_ID" in os.environ
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         slow = threading.Timer(10, tell, [f"waiting for process 0 at {where}, for {PATIENCE.seconds // 60} minutes at most"])
         try:
-            self.local_rank, rank, size = (int(os.environ.get(name, 0)) for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"))
-            if not 0 <= rank < size:
-                raise ValueError(f"there is no process {rank} of {size}")
-            if self.local_rank == 0:
-                slow.start()
-            with handling_signals(signal.SIG_DFL):  # torch waits where Python's handlers do not run
-                store, self.rank, self.size = next(dist.rendezvous("env://", timeout=PATIENCE))
-            restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            self.faults = dist.PrefixStore(f"faults {restart}", dist.TCPStore(
-                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=PATIENCE))  # fmt: skip
+            store = self.find_others(slow) if launched else None
+            self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            if self.device.type == "cuda":
+                index = self.local_rank if self.device.index is None else self.device.index
+                if index >= torch.cuda.device_count():
+                    raise UserError(f"--device {device}: GPU {index} asked for, this machine has {torch.cuda.device_count()}")
+                self.device = torch.device("cuda", index)
+                torch.cuda.set_device(self.device)
+            if self.size > 1:
+                backend = "nccl" if self.device.type == "cuda" else "gloo"
+                dist.init_process_group(backend, timeout=PATIENCE, rank=self.rank, world_size=self.size, store=store)
         except (ValueError, RuntimeError) as e:
-            raise UserError(f"WORLD_SIZE {os.environ['WORLD_SIZE']}, process 0 at {where}: the processes do not meet "
-                            f"({first_line(e)}); start them with torchrun")  # fmt: skip
+            raise UserError(f"process 0 at {where}: the processes do not meet ({first_line(e)}); start them with torchrun") from None
         finally:
             slow.cancel()
-        if int(os.environ.get("LOCAL_WORLD_SIZE", 0)) == self.size:
+        return self
+
+    def find_others(self, slow):
+        """The store by which the processes find each other, at the address that torchrun puts into the environment."""
+        self.local_rank, rank, size = (int(os.environ.get(name, 0)) for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"))
+        if not 0 <= rank < size:
+            raise ValueError(f"there is no process {rank} of {size}")
+        if self.local_rank == 0:
+            slow.start()
+        with handling_signals(signal.SIG_DFL):  # torch waits where Python's handlers do not run
+            store, self.rank, self.size = next(dist.rendezvous("env://", timeout=PATIENCE))
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self.job = dist.TCPStore(*address, is_master=False, timeout=PATIENCE)
+        self.faults = dist.PrefixStore(f"faults {restart}", self.job)
+        if from_torchrun("LOCAL_WORLD_SIZE", 0) == self.size:
             # torchrun's store outlives its workers: a restart must not find the dead ones' addresses in it
             # (pytorch issue 135712). Nodes count restarts differently, so this serves a single one.
             store = dist.PrefixStore(restart, store)
@@ -646,13 +628,18 @@ class World:
         if not self.finishing:
             raise Stopped(number)
 
+    def agree_to_stop(self):
+        """Whether any process was asked to, the same on all."""
+        asked = torch.tensor([float(self.asked)], device=self.device)
+        return self.sum(asked).item() > 0 if self.size > 1 else self.asked > 0
+
     @contextmanager
     def finishing_steps(self):
         self.finishing = True
         yield
-        asked = self.mean(torch.tensor([float(self.asked)], device=self.device)).item()  # since the last step told
+        stopping = self.agree_to_stop()  # since they last did
         self.finishing = False
-        if asked or self.asked:
+        if stopping or self.asked:
             raise Stopped(self.asked or signal.SIGTERM)
 
     def together(self, fn, *args, **how):
@@ -665,54 +652,45 @@ class World:
             why = f"process {self.rank}: another process has gone ({first_line(e)}); the last checkpoint stands"
             raise Failed(why) from e
 
-    def mean(self, t):
-        """The tensor's mean over processes, in place: one all-reduce."""
+    def sum(self, t):
+        """The tensor's sum over processes, in place: one all-reduce."""
         if self.size > 1:
             self.together(dist.all_reduce, t)
-            t /= self.size
         return t
 
+    def mean(self, t):
+        """As `sum`, their mean."""
+        return self.sum(t).div_(self.size)
+
     def average_gradients(self, net):
-        """Every gradient's mean over processes, by one all-reduce of them all, and whether any is asked to stop."""
-        if self.size == 1:
-            self.stopping = self.asked > 0
-            return
-        grads = [p.grad for p in net.parameters()]
-        asked = grads[0].new_full((1,), self.asked)
-        joined = self.mean(torch.cat([*(g.flatten() for g in grads), asked]))
-        *parts, asked = joined.split([*(g.numel() for g in grads), 1])
-        for g, part in zip(grads, parts):
-            g.copy_(part.view_as(g))
-        copied = None
-        if self.device.type == "cuda":  # reading it there would wait for all that is queued
-            asked, copied = asked.to("cpu", non_blocking=True), torch.cuda.Event()
-            copied.record()
-        self.requests.append((asked, copied))
-        if len(self.requests) > (0 if self.device.type == "cpu" else 2):  # an old copy has long arrived
-            asked, copied = self.requests.popleft()
-            if copied:
-                copied.synchronize()
-            self.stopping = asked.item() > 0
+        """Every gradient's mean over processes, by one all-reduce of them all."""
+        if self.size > 1:
+            grads = [p.grad for p in net.parameters()]
+            joined = self.mean(torch.cat([g.flatten() for g in grads]))
+            for g, part in zip(grads, joined.split([g.numel() for g in grads])):
+                g.copy_(part.view_as(g))
 
     def from_first(self, value):
         """Process 0's value, of tensors and plain values, on every process."""
         if self.size == 1:
             return value
-        raw = io.BytesIO()
-        if self.rank == 0:
-            torch.save(value, raw)
-        box = [raw.getvalue()]
+        box = [value]
         self.together(dist.broadcast_object_list, box, device=self.device)
-        return torch.load(io.BytesIO(box[0]), weights_only=True)
+        return box[0]
+
+    def gather(self, value):
+        """The plain values of all processes, in a list."""
+        values = [value] * self.size
+        if self.size > 1:
+            self.together(dist.all_gather_object, values, value)
+        return values
 
     def require_same(self, **values):
         """Raises UserError, which names a flag, unless all processes hold the same values for these."""
-        if self.size > 1:
-            theirs = [None] * self.size
-            self.together(dist.all_gather_object, theirs, values)
-            for (k, other), name in itertools.product(enumerate(theirs), values):
-                if other.get(name) != theirs[0].get(name):
-                    raise UserError(f"--{name.replace('_', '-')}: processes 0 and {k} have different ones; start all alike")
+        first, *others = self.gather(values)
+        for (k, other), name in itertools.product(enumerate(others, 1), values):
+            if other.get(name) != first.get(name):
+                raise UserError(f"--{name.replace('_', '-')}: processes 0 and {k} have different ones; start all alike")
 
     def propose(self, sampler, m, keep=None):
         """sampler.sample(m, keep), and the sampler's state, alike on every process.
@@ -732,7 +710,7 @@ class World:
         rows, mine = torch.zeros(len(items), columns, dtype=torch.float64, device=self.device), items[self.rank :: self.size]
         if len(mine):
             rows[self.rank :: self.size] = fn(mine).to(rows)
-        return self.mean(rows).cpu() * self.size
+        return self.sum(rows).cpu()
 
     def wait(self):
         if self.size > 1:
@@ -784,8 +762,15 @@ class Data:
         read = read_folders if args.data == "imagenet" else read_arrays
         (self.training_set, self.held_out_set, self.test_set), names, self.channels, digest = read(args, world)
         mean, std = (v.flatten().tolist() for v in (self.training_set.mean / 255, self.training_set.std / 255))
-        self.about = {"classes": names, "mean": mean, "std": std, "digest": digest}
+        split = {"seed": args.seed, "held_out": args.held_out}
+        self.about = {"classes": names, "mean": mean, "std": std, "digest": digest, "split": split}
         self.steps = len(self.training_set) // args.batch_size
+
+    @functools.cached_property
+    def chance(self):
+        """What a network gets that does not look at images: its training loss, its top-1 in the test (%)."""
+        seen, tested = (part.y.bincount().double() / len(part) for part in (self.training_set, self.test_set))
+        return -torch.special.xlogy(seen, seen).sum().item(), 100 * tested.max().item()
 
     def train(self, epoch, start):
         """This process's share of the epoch's batches (x, y), augmented, from batch number `start` on."""
@@ -814,12 +799,20 @@ def seeded(*keys):
     return torch.Generator().manual_seed(seed)
 
 
-def split(n, args):
-    """Indices of the held-out and of the other training images."""
+def split(labels, args, world):
+    """Indices of the held-out and of the other training images, among which every class keeps one if it has any."""
+    n = len(labels)
     if args.held_out + args.batch_size > n:
         raise UserError(f"--batch-size {args.batch_size} and --held-out {args.held_out}: there are {n} training images")
     order = torch.randperm(n, generator=seeded(2, args.seed))
-    return order[: args.held_out], order[args.held_out :]
+    held_out, rest = order[: args.held_out], order[args.held_out :]
+    for c in sorted({*labels.tolist()} - {*labels[rest].tolist()}):  # a rare one changes places with one of many
+        many = (labels[rest].bincount()[labels[rest]] > 1).nonzero()[:1, 0]
+        here = (labels[held_out] == c).nonzero()[: len(many), 0]
+        held_out[here], rest[many] = rest[many], held_out[here]
+        if not len(many) and world.rank == 0:
+            tell(f"class {c} has no training image: all that it has are held out; a smaller --held-out leaves it some")
+    return held_out, rest
 
 
 class ArrayImages:
@@ -857,7 +850,10 @@ class ArrayImages:
         """The listed batches of indices as (x, y), in order; augmented as it is the epoch's turn, or not at all."""
         device = self.x.device
         if epoch is not None:
-            crop, flip = (t.to(device) for t in augmentation(self.seed, epoch, len(self), self.pad))
+            g = seeded(3, self.seed, epoch)
+            torch.randperm(len(self), generator=g)  # the epoch's order
+            crop = torch.randint(2 * self.pad + 1, (2, len(self)), generator=g).to(device)
+            flip = (torch.rand(len(self), generator=g) < 0.5).to(device)
             batches = batches.to(device)  # at once: the loop itself copies nothing there and so never waits
         along, inside = torch.arange(self.size, device=device), slice(self.pad, self.pad + self.size)
         mean, std = self.mean.to(device), self.std.to(device)
@@ -874,16 +870,9 @@ class ArrayImages:
             yield (x.float() - mean) / std, self.y[i]
 
 
-def augmentation(seed, epoch, n, pad):
-    """Each image's crop offsets (2, n) and flip (n,) in this epoch."""
-    g = seeded(3, seed, epoch)
-    torch.randperm(n, generator=g)  # the epoch's order
-    return torch.randint(2 * pad + 1, (2, n), generator=g), torch.rand(n, generator=g) < 0.5
-
-
 def array_sets(args, world, x, y, test_x, test_y):
     """Training, held-out and test images of two uint8 tensors."""
-    held_out, rest = split(len(x), args)
+    held_out, rest = split(y, args, world)
     how = dict(size=args.image_size, seed=args.seed, device=world.device)
     train = ArrayImages(x, y, rest, **how, shift=args.augment == "shift", flip=args.flip)
     others = (x, y, held_out), (test_x, test_y, torch.arange(len(test_x)))
@@ -898,62 +887,51 @@ def read_arrays(args, world):
         if len(images) != len(labels) or len(labels) == 0 or labels.min() < 0 or labels.max() >= len(names):
             raise UserError(f"--data-dir: {len(images)} images have {len(labels)} labels; expected as many, each "
                             f"from 0 to {len(names) - 1}. Are these the files of {args.data}?")  # fmt: skip
+        if args.data == "synthetic":  # whose images differ in single bits from processor to processor
+            images = labels = torch.tensor([len(images)])
         digest.update(images.contiguous().numpy())
         digest.update(labels.contiguous().numpy())
     return array_sets(args, world, *parts[0], *parts[1]), names, parts[0][0].shape[1], digest.hexdigest()
 
 
-CIFARS = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
-# torchvision's class, what else it takes, the names of its training and test files, and of the classes.
-IDX = {
-    "fashion-mnist": (torchvision.datasets.FashionMNIST, {}, ("train", "t10k"), torchvision.datasets.FashionMNIST.classes),
-    "kmnist": (torchvision.datasets.KMNIST, {}, ("train", "t10k"), torchvision.datasets.KMNIST.classes),
-    "emnist": (torchvision.datasets.EMNIST, {"split": "balanced"}, ("emnist-balanced-train", "emnist-balanced-test"),
-               torchvision.datasets.EMNIST.classes_split_dict["balanced"]),
-}  # fmt: skip
+# Data sets that torchvision reads: its class, the names of the parts in IDX files (CIFAR's are pickles), what else it takes.
+ARRAYS = {
+    "fashion-mnist": (torchvision.datasets.FashionMNIST, ("train", "t10k"), {}),
+    "kmnist": (torchvision.datasets.KMNIST, ("train", "t10k"), {}),
+    "emnist": (torchvision.datasets.EMNIST, ("emnist-balanced-train", "emnist-balanced-test"), {"split": "balanced"}),
+    "cifar10": (torchvision.datasets.CIFAR10, (), {}),
+    "cifar100": (torchvision.datasets.CIFAR100, (), {}),
+}
 
 
 def load_arrays(args, world):
     """-> (train x, train y), (test x, test y), names of the classes; x uint8 (n, c, h, w). torchvision reads the files."""
     if args.data == "synthetic":
         return synthetic(16384 + args.held_out, 0), synthetic(4096, 1), [str(c) for c in range(60)]
-    if not args.data_dir.is_dir():
+    if not args.data_dir.is_dir() and not args.download:
         raise UserError(f"--data-dir: {args.data_dir} is not a folder")
-    return (load_cifar if args.data in CIFARS else load_idx)(args, world)
-
-
-def load_cifar(args, world):
-    reader = CIFARS[args.data]
-    if args.download:
-        prepare(world, f"--download: {args.data} could not be fetched", reader, args.data_dir, download=True)
-    names = (reader.meta["filename"], reader.meta["md5"]), *reader.train_list, *reader.test_list
-    for name, md5 in names:  # known to be the real ones before they are unpickled
-        path = args.data_dir / reader.base_folder / name
-        if not torchvision.datasets.utils.check_integrity(path, md5):
-            raise UserError(f"{path}: missing or damaged; put CIFAR's python version there, or try --download")
-    sets = [reader(args.data_dir, train=train) for train in (True, False)]
-    return *((torch.as_tensor(s.data).permute(0, 3, 1, 2), torch.as_tensor(s.targets)) for s in sets), sets[0].classes
-
-
-def load_idx(args, world):
-    reader, more, parts, names = IDX[args.data]
-    folder, idx = args.data_dir / reader.__name__ / "raw", torchvision.datasets.mnist
-    files = [(folder / f"{part}-{kind}-ubyte", how) for part in parts
-             for kind, how in (("images-idx3", idx.read_image_file), ("labels-idx1", idx.read_label_file))]  # fmt: skip
-    for path, _ in files:
-        prepare(world, f"{path}.gz: could not be unpacked", unpack, path)
-    if args.download:
-        prepare(world, f"--download: {args.data} could not be fetched", reader, args.data_dir, download=True, **more)
-    tensors = []
-    for path, how in files:
+    reader, idx, more = ARRAYS[args.data]
+    folder = args.data_dir / (Path(reader.__name__, "raw") if idx else reader.base_folder)
+    files = [(f"{part}-{kind}-ubyte", None) for part in idx for kind in ("images-idx3", "labels-idx1")]
+    for name, _ in files:
+        prepare(world, f"{folder / name}.gz: could not be unpacked", unpack, folder / name)
+    parts, how = [], dict(root=args.data_dir, **more)
+    for part in ("train", "test"):
+        if args.download:
+            failed = f"--download: {args.data} could not be fetched"
+            prepare(world, failed, reader, train=part == "train", download=True, **how)
         try:
-            tensors.append(how(path))
-        except FileNotFoundError:
-            raise UserError(f"{path}[.gz]: missing; put the four files there, or try --download") from None
+            images = reader(train=part == "train", **how)  # CIFAR's verify their checksums before they open a pickle
         except Exception as e:  # a damaged file makes its readers raise nearly anything
-            raise UserError(f"{path}: not a readable IDX file ({type(e).__name__}: {first_line(e)})") from None
-    x, y, test_x, test_y = tensors
-    return (x[:, None], y), (test_x[:, None], test_y), list(names)
+            files = files or [*reader.train_list, *reader.test_list, (reader.meta["filename"], reader.meta["md5"])]
+            bad = [folder / name for name, md5 in files if not torchvision.datasets.utils.check_integrity(folder / name, md5)]
+            if bad:
+                raise UserError(f"{bad[0]}: missing or damaged; put the data set's files there, or try --download") from None
+            raise UserError(f"{folder}: {part} images or labels are not of the kind expected ({name_of(e)})") from None
+        x = torch.as_tensor(images.data)
+        x = x.mT if args.data == "emnist" else x  # on their sides in the files
+        parts.append((x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2), torch.as_tensor(images.targets)))
+    return *parts, list(images.classes)
 
 
 def unpack(path):
@@ -970,12 +948,16 @@ def prepare(world, failed, fn, *args, **how):
         if world.local_rank == 0:
             fn(*args, **how)
     except Exception as e:
-        raise UserError(f"{failed} ({type(e).__name__}: {first_line(e)})") from None
+        raise UserError(f"{failed} ({name_of(e)})") from None
     world.wait()
 
 
 def first_line(e):
     return (str(e).splitlines() or [""])[0]
+
+
+def name_of(e):
+    return f"{type(e).__name__}: {first_line(e)}"
 
 
 def synthetic(n, seed, classes=60, size=16):
@@ -1007,8 +989,8 @@ def decode(path):
     """The image as a person sees it, in RGB of 8 bits, whatever its file holds.
 
     Upright (EXIF), the first where there are several, on white where it is transparent; 10 to 16 bits are scaled to 8,
-    CMYK, palettes and LAB are converted. Raises ValueError for what has no known range (32-bit integers, floats), and
-    whatever Pillow does for what it cannot read.
+    CMYK, palettes and LAB are converted; embedded colour profiles are ignored. Raises ValueError for what has no known
+    range (32-bit integers, floats), and whatever Pillow does for what it cannot read.
     """
     with Image.open(path) as file:
         tags = getattr(file, "tag_v2", {})  # a TIFF's: 258 has the bits of a pixel, 262 is 0 where 0 means white
@@ -1056,6 +1038,8 @@ class FolderImages(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.index)
 
+    y = property(lambda self: self.labels[self.index])
+
     def __getitem__(self, key):
         epoch, i = key[0], int(self.index[key[1]])
         path, label = os.fsdecode(self.paths[i]), int(self.labels[i])
@@ -1075,8 +1059,14 @@ class FolderImages(torch.utils.data.Dataset):
         loader = torch.utils.data.DataLoader(self, batch_sampler=keys, num_workers=self.workers, collate_fn=collate,
                                              pin_memory=self.device.type == "cuda",
                                              multiprocessing_context=fork)  # fmt: skip
-        with deaf_children():
+        # A signal to the whole group is the training process's to act on, which saves and then ends its loaders.
+        deaf = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if fork else None
+        try:
             loaded = iter(loader)
+        finally:
+            if fork:
+                signal.pthread_sigmask(signal.SIG_SETMASK, deaf)
+        LOADERS.update(getattr(loaded, "_workers", ()))
         for batch in loaded:
             if isinstance(batch, UserError):
                 raise batch
@@ -1099,7 +1089,7 @@ def squarish(image):
 
 
 def unreadable(path, e):
-    return UserError(f"{path}: not a readable image ({type(e).__name__}: {first_line(e)})")
+    return UserError(f"{path}: not a readable image ({name_of(e)})")
 
 
 def collate(items):
@@ -1110,83 +1100,123 @@ def collate(items):
 def read_folders(args, world):
     """As `read_arrays`, of train/ and val/ with a folder for each class."""
     (*train, classes), (*val, others) = (read_folder(args.data_dir / part, world) for part in ("train", "val"))
-    if classes != others:
-        odd = sorted(set(classes) ^ set(others))
-        raise UserError(f"--data-dir: train/ and val/ differ in classes: {', '.join(odd[:3])}")
-    held_out, rest = split(len(train[0]), args)
+    if classes != others:  # those that look alike, by an accent or a blank, in letters that do not
+        odd = (f"{name!r}" if name.isascii() else f"{name!r} = {name!a}" for name in sorted({*classes} ^ {*others}))
+        raise UserError(f"--data-dir: train/ and val/ differ in classes: {', '.join(itertools.islice(odd, 4))}")
+    held_out, rest = split(train[1], args, world)
     paths = [os.fsdecode(path) for path in (*train[0], *val[0])]
     bytes_each = 3 * args.image_size**2
     small = args.augment != "imagenet" and bytes_each * len(paths) <= IN_MEMORY
 
     def check(i):
-        try:
-            if i % world.size == world.rank:  # headers; of val/, which is used after all training, the whole
-                decode(paths[i]) if i >= len(train[0]) and not small else Image.open(paths[i]).close()
-            return f"{os.path.relpath(paths[i], args.data_dir)} {os.path.getsize(paths[i])}"
+        try:  # the header; of val/, which is used after all training, the whole
+            with open(paths[i], "rb") as f:
+                size, content = os.fstat(f.fileno()).st_size, f.read(2**16)
+                f.seek(max(size - 2**12, 0))
+                content += f.read()
+                f.seek(0)
+                Image.open(f).close()
+            if i >= len(train[0]) and not small:
+                decode(paths[i])
+            return hashlib.sha256(content + str(size).encode()).digest()
         except Exception as e:
             return unreadable(paths[i], e)
 
-    with ThreadPool(max(args.workers, 1)) as threads:
-        checked = threads.map(check, range(len(paths)), 256)
+    with ThreadPool(max(args.workers, 1)) as threads:  # each process takes its share
+        checked = threads.map(check, range(world.rank, len(paths), world.size), 256)
     for error in (c for c in checked if isinstance(c, UserError)):
         raise error
-    digest = hashlib.sha256("\n".join(checked).encode(errors="surrogateescape")).hexdigest()
+    contents = [b""] * len(paths)
+    for rank, share in enumerate(world.gather(b"".join(checked))):
+        contents[rank :: world.size] = [share[k : k + 32] for k in range(0, len(share), 32)]
+    again = {*contents[: len(train[0])]} & {*contents[len(train[0]) :]}
+    if again and world.rank == 0:
+        copies = sum(c in again for c in contents[len(train[0]) :])
+        tell(f"{args.data_dir / 'val'}: {copies} of its {len(val[0])} images are also in train/: they test what was learnt by heart")
+    digest = hashlib.sha256()
+    for path, content in zip(paths, contents):
+        name = os.path.relpath(path, args.data_dir).replace(os.sep, "/")
+        digest.update(name.encode(errors="surrogateescape") + content)
+    digest = digest.hexdigest()
     if small:
-        return array_sets(args, world, *in_memory(*train, args, world), *in_memory(*val, args, world)), classes, 3, digest
+        return array_sets(args, world, *in_memory(*train, args), *in_memory(*val, args)), classes, 3, digest
     parts = (*train, rest), (*train, held_out), (*val, torch.arange(len(val[0])))
     sets = [FolderImages(*part, args, world.device) for part in parts]
     if bytes_each * len(held_out) <= IN_MEMORY:  # each round needs some of them
-        x, y = in_memory(train[0][held_out.numpy()], train[1][held_out], args, world)
+        x, y = in_memory(train[0][held_out.numpy()], train[1][held_out], args)
         sets[1] = ArrayImages(x, y, torch.arange(len(y)), args.image_size, args.seed, world.device, like=FolderImages)
     return sets, classes, 3, digest
 
 
+# What file servers and systems leave behind: thumbnails, waste, snapshots.
+LITTER = {"@eaDir", "@tmp", "@Recycle", "@Recently-Snapshot", "#recycle", "#snapshot", "~snapshot", "lost+found", "__MACOSX",
+          "$RECYCLE.BIN", "RECYCLER", "System Volume Information"}  # fmt: skip
+
+
 def read_folder(root, world):
-    """-> paths (n,) in an array of bytes, classes (n,), their names. What is hidden, and what by its name is no image, is
-    left out."""
+    """-> paths (n,) in an array of bytes, classes (n,), their names. Each file and folder counts once, whatever links lead
+    to it. What is hidden, and what by its name is no image, is left out and counted."""
     if not root.is_dir():
         raise UserError(f"--data-dir: {root} is missing; expected {root.parent} to hold train/ and val/")
-    left_out = Counter()
+    left_out, folders, links, found, seen = Counter(), [], [], [], set()
 
-    def taken(path):
-        hidden, suffix = f"{os.sep}." in path[len(str(root)) :], os.path.splitext(path)[1].lower()
-        if hidden or suffix not in SUFFIXES:
-            left_out["hidden" if hidden else suffix or "without suffix"] += 1
-        return not hidden and suffix in SUFFIXES
+    def take(path, label):
+        """Adds what lies there to the folders or to what is found, or counts why not. Links come after all else."""
+        info, suffix = os.stat(path), os.path.splitext(path)[1].lower()
+        place, folder = (info.st_dev, info.st_ino), stat.S_ISDIR(info.st_mode)
+        odd = ("linked once more" if place in seen else None if folder else "special files" if not stat.S_ISREG(info.st_mode)
+               else None if suffix in SUFFIXES else suffix or "without suffix")  # fmt: skip
+        left_out.update([odd] if odd else [])
+        seen.add(place)
+        if not odd:
+            (folders if folder else found).append((path, label))
 
-    names = sorted(os.listdir(root))
-    classes = [name for name in names if (root / name).is_dir() and not name.startswith(".")]
-    others = (name for name in names if name not in classes)
-    left_out.update("hidden" if name.startswith(".") else "outside of class folders" for name in others)
-    index, known = {name: i for i, name in enumerate(classes)}, torchvision.datasets.folder
-    samples = known.make_dataset(str(root), index, is_valid_file=taken, allow_empty=True) if classes else []
-    rest = "; left out: " + ", ".join(f"{n} {what}" for what, n in left_out.most_common()) if left_out else ""
-    empty = sorted(set(index.values()) - {label for _, label in samples})
+    def inside(path):
+        for entry in os.scandir(path):
+            odd = "hidden" if entry.name.startswith(".") else "file servers'" if entry.name in LITTER else None
+            left_out.update([odd] if odd else [])
+            if not odd:
+                yield entry
+
+    top = [*inside(root)]
+    classes = sorted(entry.name for entry in top if entry.is_dir())
+    left_out["outside of class folders"] = len(top) - len(classes)
+    for label, path in enumerate([root, *(root / name for name in classes)], -1):
+        take(str(path), label)
+    del folders[0]  # a link may lead back there
+    while folders:
+        for path, label in folders:  # which grows by those inside
+            for entry in inside(path):
+                links.append((entry.path, label)) if entry.is_symlink() else take(entry.path, label)
+        folders.clear()
+        for path, label in links:
+            take(path, label)
+        links.clear()
+    rest = "; left out: " + ", ".join(f"{n} {what}" for what, n in left_out.most_common() if n) if left_out.total() else ""
+    empty = sorted(set(range(len(classes))) - {label for _, label in found})
     if empty or not classes:
         which = f"{root / classes[empty[0]]}" if empty else f"{root}: no class folders and"
         raise UserError(f"{which}: no images in it{rest}")
     if world.rank == 0:
-        tell(f"{root}: {len(classes)} classes, {len(samples)} images{rest}")
-    paths, labels = zip(*samples)
+        tell(f"{root}: {len(classes)} classes, {len(found)} images{rest}")
+    found.sort(key=lambda item: (item[1], *os.path.split(item[0].replace(os.sep, "/"))))
+    paths, labels = zip(*found)
     return np.array([os.fsencode(path) for path in paths]), torch.tensor(labels), classes
 
 
-def in_memory(paths, labels, args, world):
+def in_memory(paths, labels, args):
     """All images, decoded once: x uint8 (n, 3, size, size), labels (n,)."""
-    n, shown = len(paths), time.perf_counter()
+    n = len(paths)
     x, where = torch.empty(n, 3, args.image_size, args.image_size, dtype=torch.uint8), torch.arange(n).split(256)
     images = FolderImages(paths, labels, torch.arange(n), args, torch.device("cpu"))
     for i, (part, _) in zip(where, images.raw(where)):
         x[i] = part
-        if world.rank == 0 and time.perf_counter() - shown > args.log_seconds:
-            tell(f"decoded {int(i[-1]) + 1} of {n} images")
-            shown = time.perf_counter()
     return x, labels
 
 
 # ------------------------------------------------------------------------------ files
 
-FORMAT = 7  # of checkpoints
+FORMAT = 8  # of checkpoints
 PREVIOUS = "checkpoint.previous.pt"
 
 
@@ -1225,39 +1255,26 @@ def run_folder(args, world):
     if world.rank:
         yield None
         return
-    locked = fcntl is not None
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        holds = any((args.out / name).exists() for name in ("checkpoint.pt", PREVIOUS, "front.csv", "front.pt"))
-        if holds and not args.resume:
-            raise UserError(f"--out: {args.out} already holds a run; continue it with --resume or name another")
-        log_file = open(args.out / "log.jsonl", "ab+", buffering=0)
+    args.out.mkdir(parents=True, exist_ok=True)
+    took = f"took {args.out.absolute()}"
+    args.resume |= bool(world.job and world.job.check([took]))  # torchrun --max-restarts goes on with what its job began
+    holds = [name for name in ("checkpoint.pt", PREVIOUS, "front.csv", "front.pt") if (args.out / name).exists()]
+    if holds and not args.resume:
+        raise UserError(f"--out: {args.out} already holds a run; continue it with --resume or name another")
+    if holds and holds[0].startswith("front"):
+        raise UserError(f"--out: {args.out} holds {holds[0]}, but no checkpoint to continue; move it away or name another")
+    with open(args.out / "log.jsonl", "ab+", buffering=0) as log:
         try:
-            if locked:
-                fcntl.lockf(log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process: its children do not hold it
+            locked = fcntl and not fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not held by its children
         except (BlockingIOError, PermissionError):
-            raise UserError(f"--out: {args.out} is in use by another process") from None
+            raise UserError(f"--out: {args.out} is in use by another process; torchrun, not srun, starts those of a run") from None
         except OSError:
             locked = False
         if not locked:
             tell(f"{args.out}: no locks on this file system; see that no other run uses it")
-    except OSError as e:
-        raise UserError(f"--out: {args.out} cannot be written ({e.strerror})") from None
-    with log_file:
-        if not args.resume:
-            log_file.truncate(0)
-        elif log_file.seek(0, os.SEEK_END):  # a killed run's last line may be half a line
-            log_file.seek(-1, os.SEEK_END)
-            if log_file.read(1) != b"\n":
-                append(log_file, b"\n")
-        yield log_file
-
-
-def append(log_file, line):
-    try:
-        log_file.write(line)
-    except OSError as e:
-        raise UserError(f"{log_file.name}: could not be written ({e.strerror}); the last checkpoint stands") from None
+        if world.job:
+            world.job.set(took, "")
+        yield log
 
 
 def as_flag(name, value):
@@ -1269,36 +1286,28 @@ def as_flag(name, value):
 
 def settings(args):
     """The settings that decide a run's numbers, as plain values."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in sorted(vars(args).items()) if k not in FREE}
+    free = FREE if args.cost == "latency" else FREE | {"threads", "latency_batch"}
+    return {k: str(v) if isinstance(v, Path) else v for k, v in sorted(vars(args).items()) if k not in free}
 
 
 def read_checkpoint(path):
-    """A checkpoint's content, with damage in a ValueError of one line. Runs nothing that is in the file."""
-    try:
-        damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look at the checksums
-        if damaged:
-            raise ValueError(f"{damaged} is corrupt")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["format"] != FORMAT:
-            raise UserError(f"{path}: written by another version of this code (format {state['format']}, here {FORMAT}); "
-                            "finish it with that one, or use another --out")  # fmt: skip
-        parts = {"settings", "network", "data", "model", "optimizer", "sampler", "step", "steps", "proposals", "seconds"}
-        missing = parts - state.keys()
-        if missing:
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        return state
-    except UserError:
-        raise
-    except Exception as e:  # a damaged file makes its readers raise nearly anything
-        raise ValueError(f"{path}: not a readable checkpoint ({type(e).__name__}: {first_line(e)})") from None
+    """A checkpoint's content. Raises ValueError where it is damaged, or something else."""
+    state = models.read_tensors(path)
+    known = state if isinstance(state, dict) else {}
+    if known.get("format", FORMAT) != FORMAT:
+        raise UserError(f"{path}: written by another version of this code (format {state['format']}, here {FORMAT}); "
+                        "finish it with that one, or use another --out")  # fmt: skip
+    parts = {"format", "settings", "network", "data", "model", "optimizer", "sampler", "step", "steps", "proposals", "seconds"}
+    missing = parts - known.keys()
+    if missing:
+        raise ValueError(f"{path}: not a checkpoint, it lacks {', '.join(sorted(missing))}")
+    return state
 
 
 def load_checkpoint(args):
-    """The run's newest readable checkpoint, or None where there is none."""
-    damage = []
-    for path in (args.out / "checkpoint.pt", args.out / PREVIOUS):
-        if not path.exists():
-            continue
+    """The run's newest undamaged checkpoint, or None where there is none. A damaged one makes way, under another name."""
+    paths, damage = [path for path in (args.out / "checkpoint.pt", args.out / PREVIOUS) if path.exists()], []
+    for path in paths:
         try:
             state = read_checkpoint(path)
         except ValueError as e:
@@ -1311,8 +1320,10 @@ def load_checkpoint(args):
                 advice = f"add {wanted}" if theirs.get(name) is not None else f"leave {given} out"
                 raise UserError(f"{path}: that run has {wanted}, this one {given}; {advice}, or use another --out")
         if damage:
-            tell(f"{damage[0]}; continuing from {path.name}")
-            os.replace(path, args.out / "checkpoint.pt")  # so that the next save keeps it, not the damaged one
+            spare = next(p for n in itertools.count(1) if not (p := args.out / f"checkpoint.damaged{n}.pt").exists())
+            tell(f"{damage[0]}; kept as {spare.name}, continuing from {path.name}")
+            os.replace(paths[0], spare)
+            os.replace(path, paths[0])
         return state
     if damage:
         raise UserError("; ".join(damage) + "; move it away to start anew")
@@ -1330,27 +1341,19 @@ def read_finished(folder):
     return state
 
 
-def load_finished(args):
-    """The checkpoint of the run that --search names; its training must have left out the same held-out images."""
-    state = read_finished(args.search)
-    for name in ("data", "seed", "held_out", "arch", "image_size", "divisor"):
-        mine, theirs = getattr(args, name), state["settings"].get(name)
-        if mine != theirs:
-            raise UserError(f"--search {args.search}: trained with --{name.replace('_', '-')} {theirs}, not {mine}")
-    return state
-
-
 def read_init(path):
-    """The weights in a file of torchvision's or in a front.pt."""
+    """The weights in a file, torchvision's or a run's; and of a run's, what it knew of its data."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: t for name, t in state.get("model", state).items() if isinstance(t, torch.Tensor)}
-    except Exception as e:  # a damaged file makes its readers raise nearly anything
-        raise UserError(f"--init: {path}: not readable weights ({type(e).__name__}: {first_line(e)})") from None
+        state = models.read_tensors(path)
+        weights = {name: t for name, t in state.get("model", state).items() if isinstance(t, torch.Tensor)}
+        return weights, state if "network" in state else None
+    except (ValueError, AttributeError, FileNotFoundError) as e:
+        raise UserError(f"--init: {path}: not readable weights ({first_line(e)})") from None
 
 
-def load_init(net, state, path, say):
-    """Loads `read_init`'s weights, and sorts channels. Another number of classes gets a new classifier."""
+def load_init(net, state, path, say, ours=False):
+    """Loads `read_init`'s weights. Another number of classes gets a new classifier. Channels are sorted by importance, but
+    those of a run: they are in the order of their use."""
     mine = net.state_dict()
     odd = [name for name in mine.keys() ^ state.keys() if not name.endswith("num_batches_tracked")]
     wrong = [name for name in mine.keys() & state.keys() if mine[name].shape != state[name].shape]
@@ -1358,7 +1361,8 @@ def load_init(net, state, path, say):
     if odd or not set(wrong) <= set(last):
         raise UserError(f"--init: {path}: not weights of this network ({sorted([*odd, *wrong])[0]} differs)")
     net.load_state_dict({k: v for k, v in state.items() if k not in wrong}, strict=False)
-    models.sort_channels(net)
+    if not ours:
+        models.sort_channels(net)
     if wrong:
         say(f"{path}: of {state[last[1]].numel()} classes, not {mine[last[1]].numel()}: the classifier starts anew")
 
@@ -1370,37 +1374,49 @@ class Run:
     """What a run holds (network, sampler, optimiser, step, clock) and its bookkeeping."""
 
     def __init__(self, args, world, log_file, argv):
-        self.args, self.world, self.log_file, self.argv = args, world, log_file, argv
+        self.args, self.world, self.log_file = args, world, log_file
+        self.timing = dict(batch=args.latency_batch, threads=args.threads)
+        command = [os.path.relpath(__file__), *(a for a in argv if a != "--resume"), "--resume"]
+        restarts = from_torchrun("TORCHELASTIC_MAX_RESTARTS", 0) > from_torchrun("TORCHELASTIC_RESTART_COUNT", 0)
+        self.continuation = (f"{'unless torchrun, which has restarts left, goes on by itself, ' if restarts else ''}continue with: "
+                             f"{'torchrun ...' if world.size > 1 else 'python'} {shlex.join(command)}")  # fmt: skip
         if args.amp is None:
             args.amp = world.device.type == "cuda" and torch.cuda.get_device_capability(world.device) >= (8, 0)
         if args.batch_size % (world.size * args.accumulate):
-            raise UserError(f"--batch-size {args.batch_size} does not divide among {world.size} processes and "
-                            f"--accumulate {args.accumulate} parts")  # fmt: skip
+            parts = f"{world.size} processes and --accumulate {args.accumulate} parts"
+            raise UserError(f"--batch-size {args.batch_size} does not divide among {parts}")
         if min(args.batch_size // args.accumulate, args.eval_images) < 2 * world.size:
             raise UserError(f"--batch-size {args.batch_size}, --eval-images {args.eval_images}: BatchNorm needs two images "
                             f"in each of {world.size} processes")  # fmt: skip
-        finished = world.from_first(load_finished(args) if args.search and world.rank == 0 else None)
+        finished = world.from_first(read_finished(args.search) if args.search and world.rank == 0 else None)
         args.trained_as = finished and (finished["settings"].get("trained_as") or finished["settings"]["method"])
         state = world.from_first(load_checkpoint(args) if args.resume and world.rank == 0 else None)
-        init = read_init(args.init) if args.init and not (state or finished) else None
+        if state and finished and any(not torch.equal(v, state["model"][k]) for k, v in finished["model"].items()):
+            raise UserError(f"--search {args.search}: {args.out} holds other weights than those; use another --out")
+        init, known = read_init(args.init) if args.init and not (state or finished) else (None, None)
         world.require_same(**settings(args))
         self.data = Data(args, world)
-        world.require_same(data_dir=self.data.about["digest"])  # of other images, others would be held out
+        world.require_same(data_dir=self.data.about["digest"])
 
         self.step, self.steps = 0, self.data.steps * args.epochs
         torch.manual_seed(args.seed)
         self.network = dict(arch=args.arch, num_classes=len(self.data.about["classes"]), image_size=args.image_size,
                             in_channels=self.data.channels, divisor=args.divisor)  # fmt: skip
-        for folder, other in ((args.out, state), (args.search, finished)):
-            if other and other["network"] != self.network:
-                raise UserError(f"{folder / 'checkpoint.pt'}: its network has {other['network']}, these data need "
-                                f"{self.network}")  # fmt: skip
-            if other and other["data"]["digest"] != self.data.about["digest"]:  # other images would be held out
-                raise UserError(f"{folder / 'checkpoint.pt'}: that run had other images than {args.data_dir} has now; "
-                                "give it those, or start anew")  # fmt: skip
+        for flag, other in (("out", state), ("search", finished), ("init", known)):
+            where, mine, theirs = f"--{flag} {getattr(args, flag)}", self.data.about, other and other["data"]
+            if other and flag != "init" and other["network"] != self.network:
+                raise UserError(f"{where}: its network has {other['network']}, these data need {self.network}")
+            same = other and theirs["digest"] == mine["digest"]
+            if other and flag != "init" and not same:
+                raise UserError(f"{where}: that run had other images than {args.data_dir} has now; give it those, or start anew")
+            if same and theirs.get("split") != mine["split"]:  # what it was trained on would be held out here
+                split = " ".join(as_flag(name, value) for name, value in theirs.get("split", {}).items())
+                raise UserError(f"{where}: that run held out other images, those of {split or 'earlier code'}; add that here")
+        if log_file:  # of steps that come again it has nothing
+            log_file.truncate(min(state["log"], log_file.seek(0, os.SEEK_END)) if state else 0)
         self.net = models.build(**self.network)
         if init is not None:
-            load_init(self.net, init, args.init, self.say)
+            load_init(self.net, init, args.init, self.say, ours=known is not None)
         self.net.to(world.device, memory_format=torch.channels_last).train()  # the faster layout on GPU and CPU alike
         if args.cost == "latency":
             if not state and world.rank == 0:
@@ -1413,8 +1429,14 @@ class Run:
         self.proposals = torch.empty(0, self.net.num_widths, dtype=torch.float64)
         self.rounds = math.ceil(self.steps / args.tau)
         self.seconds = {"total": 0.0, "search": 0.0, "loading": 0.0}
+        self.level = self.least = math.inf  # the full network's loss: now, at its least
+        self.sound, self.fell = True, False  # what the last checkpoint holds; what was told: see `fallen`
         if state:
-            self.load_state(state)
+            for part in ("optimizer", "sampler"):
+                getattr(self, part).load_state_dict(state[part])
+            self.net.load_state_dict(state["model"])
+            vars(self).update({name: state[name] for name in ("step", "proposals", "seconds", "least", "sound")})
+            self.fell = not self.sound
         elif finished:
             self.net.load_state_dict(finished["model"])
             self.step = self.steps
@@ -1425,9 +1447,12 @@ class Run:
             self.say(f"continuing {args.out} at step {self.step}" if state else f"no checkpoint in {args.out}: starting")
         self.say("settings  " + "  ".join(f"{k}={v}" for k, v in settings(args).items()))
         self.log("settings", **settings(args), processes=world.size, torch=torch.__version__)
-        self.say(f"{args.arch}: {self.net.num_widths} widths, {self.net.flops(1.0).item() / 1e6:.1f} MFLOPs, "
-                 f"{self.net.params(1.0).item() / 1e6:.3f} M parameters; {self.steps} steps on {world.size} x "
-                 f"{world.device.type}")  # fmt: skip
+        if args.method != "slim" and (self.rounds - 1) * args.subnets < args.num_prior:
+            self.say(f"--num-prior {args.num_prior}: the {self.rounds} rounds of this run end before the GP's first proposal, and "
+                     "search no more than slim does; a smaller --num-prior or --tau gives it some")  # fmt: skip
+        flops, params = self.net.flops(1.0).item() / 1e6, self.net.params(1.0).item() / 1e6
+        self.say(f"{args.arch}: {self.net.num_widths} widths, {flops:.1f} MFLOPs, {params:.3f} M parameters; {self.steps} steps "
+                 f"on {world.size} x {world.device.type}")  # fmt: skip
         if finished and not state:
             self.save()
 
@@ -1438,7 +1463,7 @@ class Run:
     def measure_latency(self):
         """Times some networks on this machine, for the formula that the search takes as the cost."""
         self.say("latency: timing 80 networks")
-        widths, times, off = models.measure_latency(self.net, self.args.lower, seed=self.args.seed, **timing(self.args))
+        widths, times, off = models.measure_latency(self.net, self.args.lower, seed=self.args.seed, **self.timing)
         self.say(f"latency: {times.min():.2f} to {times.max():.2f} ms; the formula is off by {off.median():.1%} (median), "
                  f"{off.max():.1%} (worst) for networks that it was not fitted to")  # fmt: skip
         self.log("latency", widths=widths.tolist(), milliseconds=times.tolist(), unseen_errors=off.tolist())
@@ -1454,22 +1479,39 @@ class Run:
     def save(self):
         """Checkpoint: tensors and plain values only. Every process's state is the same."""
         self.clock()
+        sound = not self.fallen()
         if self.world.rank == 0:
             state = {
                 "format": FORMAT, "settings": settings(self.args), "network": self.network, "data": self.data.about,
-                "step": self.step, "steps": self.steps, "seconds": self.seconds,
+                "step": self.step, "steps": self.steps, "seconds": self.seconds, "least": self.least, "sound": sound,
                 "model": self.net.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "sampler": self.sampler.state_dict(), "proposals": self.proposals,
                 "latency": self.net.latency_table, "data_dir": self.args.data_dir and str(self.args.data_dir.absolute()),
+                "log": self.log_file.seek(0, os.SEEK_END),
             }  # fmt: skip
-            save_tensors(self.args.out / "checkpoint.pt", state, keep=self.args.out / PREVIOUS)
-        self.saved = time.perf_counter()
+            with self.its_folder() as out:
+                save_tensors(out / "checkpoint.pt", state, keep=out / PREVIOUS if self.sound else None)
+        self.saved, self.sound = time.perf_counter(), sound
 
-    def load_state(self, state):
-        self.net.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.sampler.load_state_dict(state["sampler"])
-        self.step, self.proposals, self.seconds = state["step"], state["proposals"], state["seconds"]
+    def has_its_log(self, folder):
+        """Whether its log is this run's; None where there is none."""
+        path = folder / "log.jsonl"
+        return os.path.samestat(path.stat(), os.fstat(self.log_file.fileno())) if path.exists() else None
+
+    @contextmanager
+    def its_folder(self):
+        """The folder that this run took, wherever it is by now. If its name has become another's, or the log has gone and
+        the lock with it, another run may have begun: this one then ends, once the block has written."""
+        out, fd = self.args.out, self.log_file.fileno()
+        stays = self.has_its_log(out)
+        if not stays:
+            out = Path(os.path.realpath(f"/proc/self/fd/{fd}")).parent  # wherever it was moved to
+            if not out.is_dir() or self.has_its_log(out) is False:
+                out = Path(tempfile.mkdtemp(prefix=f"{out.name}.", dir=self.args.out.parent))
+        yield out
+        if not stays:
+            raise Failed(f"{self.args.out} or its log.jsonl is no longer what this run took; it ends at step {self.step}, all saved in "
+                         f"{out}: see that no other run is there, and continue with --out {out} --resume")  # fmt: skip
 
     # -------------------------------------------------------------- clock and log
 
@@ -1503,8 +1545,12 @@ class Run:
         return self.timed("search")
 
     def log(self, event, **values):
-        if self.log_file:
-            append(self.log_file, json.dumps({"event": event, "step": self.step, **values}).encode() + b"\n")
+        try:
+            if self.log_file:
+                self.log_file.write(json.dumps({"event": event, "step": self.step, **values}).encode() + b"\n")
+        except OSError as e:
+            path = self.log_file.name
+            raise UserError(f"{path}: could not be written ({e.strerror}); the last checkpoint stands") from None
 
     def say(self, text):
         if self.world.rank == 0:
@@ -1517,20 +1563,23 @@ class Run:
         self.recent.append((self.step, widths, losses))
         now = time.perf_counter()
         if now - self.shown > self.args.log_seconds or self.step == self.steps:
-            self.progress(epoch, now)
+            self.progress(epoch)
         late = now - self.saved > 60 * self.args.save_minutes
         ends_epoch = self.step % self.data.steps == 0
-        if late or self.world.stopping or ends_epoch:
+        # Several processes ask each other every few steps: on a GPU, reading the answer waits for all that is queued.
+        stopping = (self.world.size == 1 or self.step % 8 == 0) and self.world.agree_to_stop()
+        if late or stopping or ends_epoch:
             self.require_finite()
             if ends_epoch:
                 self.require_agreement()
             self.save()
-        if self.world.stopping:
+        if stopping:
             self.world.wait()  # for process 0, which saves
             raise Stopped(self.world.asked or signal.SIGTERM)
 
-    def progress(self, epoch, now):
+    def progress(self, epoch):
         losses, total, lr = self.require_finite(), self.clock(), self.optimizer.param_groups[0]["lr"]
+        now = time.perf_counter()  # all that was queued on the device is done
         speed = (self.step - self.progress_step) * self.args.batch_size / (now - self.shown)
         left = timedelta(seconds=round(total / self.step * (self.steps - self.step)))
         search, loading = (self.seconds[part] / total for part in ("search", "loading"))
@@ -1540,7 +1589,16 @@ class Run:
                  f"{left} left")  # fmt: skip
         self.log("train", epoch=epoch + 1, lr=lr, losses=losses, images_per_s=speed, seconds=total,
                  search_share=search, loading_share=loading)  # fmt: skip
-        self.recent, self.shown, self.progress_step = [], time.perf_counter(), self.step
+        self.recent, self.shown, self.progress_step = [], now, self.step
+        self.least = min(self.least, losses[0])
+        before, self.fell = self.fell, self.fallen()
+        if self.fell and not before:
+            self.say(f"step {self.step}: the full network's loss is back at chance ({self.data.chance[0]:.3f}), from "
+                     f"{self.least:.3f}; {PREVIOUS} will keep the last checkpoint from before. Try a smaller --lr")  # fmt: skip
+
+    def fallen(self):
+        """Whether the loss is what chance gives, though it was well below; then the last sound checkpoint stays."""
+        return self.least < 0.8 * self.data.chance[0] < 0.8 / 0.98 * self.level
 
     def require_finite(self):
         """Recent steps' mean losses, once these and the weights are found finite: the loop's only wait for the device."""
@@ -1561,6 +1619,7 @@ class Run:
                 raise diverged(step, f"loss {row[k].item()} of {names[k]}")
         if not torch.stack([p.isfinite().all() for p in self.net.parameters()]).all():  # by the last step, or a loss told
             raise diverged(step, f"a gradient of {', '.join(names)} is not finite, though their losses are,")
+        self.level = losses[-4:, 0].mean().item()
         return losses.mean(0).tolist()
 
     def observe(self, losses):
@@ -1568,12 +1627,10 @@ class Run:
         self.sampler.observe(losses)
         bad = ~self.sampler.losses.isfinite()
         if bad.any():
-            self.say(f"step {self.step}: the held-out loss of {bad.sum()} configurations is not finite; "
-                     "the GP goes without them")  # fmt: skip
+            self.say(f"step {self.step}: the held-out loss of {bad.sum()} configurations is not finite; the GP does without")
             self.log("not finite", widths=self.sampler.widths[bad].tolist())
         if bad.all():
-            raise Failed(f"step {self.step}: no configuration's held-out loss is finite; the last checkpoint "
-                           "stands. Try a smaller --lr")  # fmt: skip
+            raise Failed(f"step {self.step}: no configuration's held-out loss is finite. Try a smaller --lr")
 
     # -------------------------------------------------------------- the end
 
@@ -1582,9 +1639,7 @@ class Run:
         if self.world.size > 1:
             tensors = [*self.net.parameters(), *self.sampler.state_dict().values()]
             digest = hashlib.sha256(b"".join(t.detach().cpu().numpy().tobytes() for t in tensors)).hexdigest()
-            digests = [None] * self.world.size
-            self.world.together(dist.all_gather_object, digests, digest)
-            if len(set(digests)) > 1:
+            if len(set(self.world.gather(digest))) > 1:
                 raise Failed(f"step {self.step}: the processes have different weights or histories; the last checkpoint stands")
             if self.step == self.steps:
                 self.say(f"{self.world.size} processes agree: weights and history have sha256 {digest[:16]}...")
@@ -1595,91 +1650,66 @@ class Run:
         self.log("done", seconds=self.seconds["total"], search_share=share)
         if self.world.rank:
             return
-        with atomic_write(args.out / "front.csv", "w") as f:
-            table = csv.writer(f, lineterminator="\n")
-            table.writerow(columns)
-            for *values, a in zip(*(column.tolist() for column in columns.values())):
-                exact = [int(v) if name in COSTS else v for name, v in zip(columns, values)]
-                table.writerow([*exact, " ".join(map(repr, a))])
         deployed = {"format": 1, "network": self.network, "model": self.net.state_dict(), "front": columns,
                     "statistics": statistics, "cost": args.cost, "latency": self.net.latency_table,
                     "data": self.data.about}  # fmt: skip
-        save_tensors(args.out / "front.pt", deployed)
-        shown = {name: columns[name] for name in columns if name in UNITS}
-        tell("\n" + "".join(f"{UNITS[name][0]:>11}        %" for name in shown) + "    loss   top-1          top-5")
-        for i in range(len(columns["top1"])):
-            cells = (f"{v[i] / UNITS[name][1]:11.3f} {v[i] / v.max():8.1%}" for name, v in shown.items())
-            loss, top1, error, top5 = (columns[name][i] for name in ("loss", "top1", "top1_stderr", "top5"))
-            tell("".join(cells) + f" {loss:7.4f} {top1:7.2f} ± {error:4.2f} {top5:7.2f}")
-        picture = draw_front(args, columns)
+        with self.its_folder() as out:
+            with atomic_write(out / "front.csv", "w") as f:
+                table = csv.writer(f, lineterminator="\n")
+                table.writerow(columns)
+                for *values, a in zip(*(column.tolist() for column in columns.values())):
+                    exact = [int(v) if name in COSTS else v for name, v in zip(columns, values)]
+                    table.writerow([*exact, " ".join(map(repr, a))])
+            save_tensors(out / "front.pt", deployed)
+            with optional("front.png"):
+                draw_front(args, columns, out / "front.png")
+        costs, round_up = {name: columns[name] for name in columns if name in UNITS}, models.round_up
+        tell("\n" + "".join(f"{UNITS[name][0]:>11}        %" for name in costs) + "    loss   top-1          top-5")
+        shown = [part for name, v in costs.items() for part in (round_up(v / UNITS[name][1], 3), round_up(100 * v / v.max(), 1))]
+        for cells, *row in zip(zip(*shown), *(columns[name] for name in ("loss", "top1", "top1_stderr", "top5"))):
+            line = "".join(f"{value:>11} {percent:>7}%" for value, percent in zip(cells[::2], cells[1::2]))
+            tell(line + " {:7.4f} {:7.2f} ± {:4.2f} {:7.2f}".format(*row))
+        best = columns["top1"].argmax()
+        if columns["top1"][best] < self.data.chance[1] + 2 * columns["top1_stderr"][best]:
+            tell(f"no network is better than chance: to say the commonest class is right for {self.data.chance[1]:.2f} %")
         total = timedelta(seconds=round(self.seconds["total"]))
-        tell(f"{total} in all, {share:.1%} of it for the width search; see {args.out}/ for checkpoint.pt, log.jsonl, "
-             f"front.csv, front.pt{' and front.png' if picture else ''}")  # fmt: skip
+        tell(f"{total} in all, {share:.1%} of it for the width search; see {out}/ for checkpoint.pt, log.jsonl, front.csv, "
+             "front.pt and, if nothing is said of it, front.png")  # fmt: skip
 
 
-def timing(args):
-    return dict(batch=args.latency_batch, threads=args.threads)
+@contextmanager
+def optional(file):
+    """What is raised within the block, where a package is used that may be missing or broken, costs the file and a line."""
+    try:
+        yield
+    except (Exception, SystemExit) as e:
+        tell(f"no {file}: {name_of(e)}")
 
 
 UNITS = {"flops": ("MFLOPs", 1e6), "params": ("params M", 1e6), "memory": ("memory MB", 1e6), "latency": ("latency ms", 1)}
 
 
-def draw_front(args, columns):
-    """front.png: top-1, with its standard error, against cost. False where matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
+def draw_front(args, columns, path):
+    """front.png: top-1, with its standard error, against cost."""
+    from matplotlib.figure import Figure
+
     cost = columns[args.cost]
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axes = figure.add_subplot(xlabel=f"{args.cost} (% of the full network)", ylabel="test top-1 (%)")
     axes.errorbar(100 * cost / cost.max(), columns["top1"], columns["top1_stderr"], fmt="o-", capsize=2)
     axes.set_title(f"{args.arch} on {args.data}, {args.method}")
     axes.grid(alpha=0.3)
-    with atomic_write(args.out / "front.png") as f:
+    with atomic_write(path) as f:
         figure.savefig(f, dpi=150, format="png")
-    return True
 
 
 # ------------------------------------------------------------------------------ a finished run's front, put to use
 
 
-def load_front(args, world):
-    try:
-        return models.load(args.out / "front.pt", world.device)
-    except FileNotFoundError:
-        raise UserError(f"{args.out / 'front.pt'}: missing; a run writes it when it has finished") from None
-    except Exception as e:  # a damaged file makes its readers raise nearly anything
-        raise UserError(f"{args.out / 'front.pt'}: not a readable front ({type(e).__name__}: {first_line(e)})") from None
-
-
-def benchmark(args, world):
-    """--benchmark: latency, and peak memory, of RUN's front as extracted networks on this device. Memory is measured on a
-    GPU; on a CPU it is the formula's, of one image."""
-    net = load_front(args, world)
-    if args.cost not in net.front:
-        raise UserError(f"--cost {args.cost}: {args.out} has no such column in its front")
-    widths = net.front["widths"]
-    times = models.time_networks(net, widths, **timing(args))
-    memory = "     peak MB" if world.device.type == "cuda" else "MB by formula"
-    tell(f"{world.device}, {args.threads or torch.get_num_threads()} threads, batch {args.latency_batch}\n"
-         f"  {args.cost:>8}  top-1   least ms  of full   median  (quartiles) {memory}")  # fmt: skip
-    quartiles, least = times.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64), 1), times.amin(1)
-    for i, (a, low, middle, high) in enumerate(zip(widths, *quartiles)):
-        peak = net.memory(a).item()
-        if world.device.type == "cuda":
-            others = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            models.time_forward(net.extract(a).eval(), torch.randn(args.latency_batch, *net.image, device=world.device), 1)
-            peak = torch.cuda.max_memory_allocated() - others
-        tell(f"  {net.front[args.cost][i] / net.front[args.cost].max():8.1%} {net.front['top1'][i]:6.2f} {least[i]:10.2f} "
-             f"{least[i] / least[-1]:8.1%} {middle:8.2f}  ({low:.2f} to {high:.2f}) {peak / 1e6:9.2f}")  # fmt: skip
-
-
 def export(args, world):
     """--export: the best network within a budget, as a file that runs without this project; loaded again and compared."""
-    net = load_front(args, world).cpu()
     try:
+        net = models.load(args.out / "front.pt")
         row = net.use(**{args.cost: args.export})
     except ValueError as e:
         raise UserError(f"--export: {e}") from None
@@ -1688,36 +1718,35 @@ def export(args, world):
         raise UserError(f"--data-dir: {args.data_dir} has other images than the run had")
     budget = f"{args.export:.2f}"
     stem = f"{args.cost}-{budget if float(budget) == args.export else repr(args.export)}"
-    example = (torch.randn(2, *net.image),)
-    program = torch.export.export(plain, example, dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-    torch.export.save(program, raw := io.BytesIO())
-    written = {args.out / f"{stem}.pt2": (raw.getvalue(), lambda path: torch.export.load(path).module())}
-    if importlib.util.find_spec("onnxscript") and importlib.util.find_spec("onnxruntime"):
-        import onnxruntime
 
-        def load_onnx(path):
-            session = onnxruntime.InferenceSession(path)
-            return lambda x: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
-
-        try:
-            onnx = torch.onnx.export(program, dynamo=True, verbose=False).model_proto
-            written[args.out / f"{stem}.onnx"] = onnx.SerializeToString(), load_onnx
-        except Exception as e:  # its exporter is young: from torch 2.5 on, and not for all
-            tell(f"no .onnx: {type(e).__name__}: {first_line(e)}")
-    x, _ = next(iter(data.batches("test")))
-    x = x.cpu()
-    for path, (content, load) in written.items():
+    def publish(path, content, load):
+        again, (x, _) = load(io.BytesIO(content)), next(iter(data.batches("test")))
+        with torch.no_grad():
+            apart = (again(x.cpu()) - plain(x.cpu())).abs().max().item()
+            right = sum((again(x.cpu()).argmax(1) == y.cpu()).sum().item() for x, y in data.batches("test"))
+        if not apart < 1e-3:
+            raise Failed(f"{path}: would not give what the network gives, by {apart:.1g}")
         with atomic_write(path) as f:
             f.write(content)
-        again = load(path)
-        with torch.no_grad():
-            apart = (again(x) - plain(x)).abs().max().item()
-            right = sum((again(x.cpu()).argmax(1) == y.cpu()).sum().item() for x, y in data.batches("test"))
-        tell(f"{path}: {len(content) / 1e6:.2f} MB, {models.time_forward(again, x[:1]).min():.2f} ms an image, test top-1 "
+        tell(f"{path}: {len(content) / 1e6:.2f} MB, {models.time_forward(again, x[:1].cpu()).min():.2f} ms an image, test top-1 "
              f"{100 * right / len(data.test_set):.2f} % (front.csv {row['top1']:.2f}); its outputs differ from the "
              f"network's by up to {apart:.1g}")  # fmt: skip
-        if not apart < 1e-3:
-            raise Failed(f"{path}: does not give what the network gives")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, about its own
+        batch = torch.export.Dim("batch", min=1)
+        program = torch.export.export(plain, (torch.randn(2, *net.image),), dynamic_shapes=({0: batch},))
+        torch.export.save(program, raw := io.BytesIO())
+        publish(args.out / f"{stem}.pt2", raw.getvalue(), lambda file: torch.export.load(file).module())
+        with optional(f"{stem}.onnx"):
+            import onnxruntime
+
+            def load_onnx(file):
+                session = onnxruntime.InferenceSession(file.getvalue())
+                return lambda x: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+            onnx = torch.onnx.export(program, dynamo=True, verbose=False).model_proto
+            publish(args.out / f"{stem}.onnx", onnx.SerializeToString(), load_onnx)
 
 
 if __name__ == "__main__":

@@ -202,4 +202,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that knows ASCII only has no plus-minus
     sys.exit(main())

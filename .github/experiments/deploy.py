@@ -26,7 +26,8 @@ net, k = models.build(**network), 20
 widths = torch.linspace(0.42, 1, k, dtype=torch.float64)[:, None].expand(-1, net.num_widths)
 columns = {cost: getattr(net, cost)(widths) for cost in ("flops", "params", "memory")}
 columns |= dict.fromkeys(("loss", "top1", "top1_stderr", "top5"), torch.ones(k, dtype=torch.float64)) | {"widths": widths}
-about = {"classes": [f"class {c}" for c in range(1000)], "mean": [0.0] * 3, "std": [1.0] * 3, "digest": 64 * "0"}
+about = {"classes": [f"class {c}" for c in range(1000)], "mean": [0.0] * 3, "std": [1.0] * 3, "digest": 64 * "0",
+         "split": {"seed": 0, "held_out": 10000}}
 state = {"format": 1, "network": network, "model": net.state_dict(), "front": columns, "cost": "flops", "latency": None,
          "statistics": models.get_statistics(net).expand(k, -1).clone(), "data": about}  # fmt: skip
 with tempfile.TemporaryDirectory() as folder:
