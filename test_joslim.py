@@ -909,7 +909,7 @@ def test_training_and_tests_ask_for_no_value(arch, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "observe", losses.append)
     monkeypatch.setattr(train.dist, "all_reduce", lambda t: reduced.append(t.numel()))
     monkeypatch.setattr(world, "propose", lambda sampler, m, keep: sampler.sample(m, keep))
-    monkeypatch.setattr(world, "map", lambda fn, items, columns: fn(items))
+    monkeypatch.setattr(world, "map", lambda fn, items, *shape: fn(items))
     monkeypatch.setattr(run, "require_finite", lambda: None)
     monkeypatch.setattr(run, "after_step", lambda epoch, widths, step_losses: losses.append(step_losses))
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # there is none for meta

@@ -203,9 +203,9 @@ def find_front(run: "Run") -> torch.Tensor:
 
     def held_out_losses(some):
         batches = run.data.batches("held-out")
-        return sum(evaluate(net, some, x, y, args.amp) * len(x) for x, y in batches)[:, None] / args.held_out
+        return sum(evaluate(net, some, x, y, args.amp) * len(x) for x, y in batches) / args.held_out
 
-    cost, loss = run.cost(candidates), world.map(held_out_losses, candidates, columns=1)[:, 0]
+    cost, loss = run.cost(candidates), world.map(held_out_losses, candidates)
     ranked = loss.clone()
     ranked[cost.argmax()] = -torch.inf  # the full network ends the front, whatever the noise says
     front = thin(pareto_front(ranked, cost), cost, args.front_size)
@@ -265,7 +265,7 @@ def test_front(run: "Run", front: torch.Tensor) -> dict[str, torch.Tensor]:
 
     run.say(f"testing {len(front)} configurations of the front")
     size = len(models.get_statistics(net))
-    loss, top1, top5, statistics = run.world.map(scores, front, columns=3 + size).split([1, 1, 1, size], 1)
+    loss, top1, top5, statistics = run.world.map(scores, front, 3 + size).split([1, 1, 1, size], 1)
     columns = {cost: getattr(net, cost)(front) for cost in COSTS}
     if args.cost == "latency":
         columns["latency"] = run.milliseconds
@@ -727,9 +727,9 @@ class World:
         sampler.load_state_dict(state)
         return new
 
-    def map(self, fn, items, columns):
-        """fn(items) -> (len(items), columns) float64, each process doing its share of the items; the whole on all."""
-        rows, mine = torch.zeros(len(items), columns, dtype=torch.float64, device=self.device), items[self.rank :: self.size]
+    def map(self, fn, items, *shape):
+        """fn(items) -> (len(items), *shape) float64, each process doing its share of the items; the same on all."""
+        rows, mine = torch.zeros(len(items), *shape, dtype=torch.float64, device=self.device), items[self.rank :: self.size]
         if len(mine):
             rows[self.rank :: self.size] = fn(mine).to(rows)
         return self.mean(rows).cpu() * self.size
