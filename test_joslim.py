@@ -1054,6 +1054,15 @@ def test_two_processes_make_one_gradient(tmp_path):
     assert one["calls"] == two["calls"] == [gradient(net).numel() + 1]  # one, of one gradient's size and "stop?"
 
 
+def test_what_processes_share_out_is_not_rounded(monkeypatch):
+    """As a mean over three of them, times three, would be: each sends its rows among zeros, and a sum leaves them."""
+    monkeypatch.setattr(train.dist, "all_reduce", lambda t: None)
+    values, world = torch.rand(100, dtype=torch.float64), train.World().meet("cpu")
+    for world.size, world.rank in ((3, 0), (3, 1), (3, 2), (200, 150)):
+        mine = torch.arange(100) % world.size == world.rank
+        assert torch.equal(world.map(lambda some: some, values), values.where(mine, torch.zeros_like(values)))
+
+
 # ------------------------------------------------------------------------------ BatchNorm calibration
 # Compared with means and variances of what reaches each norm of the plain network.
 
