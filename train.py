@@ -147,10 +147,9 @@ def train(run: "Run") -> None:
                 with run.searching():  # whose time is counted
                     if sampler.ready:  # once the first n0 are drawn; never for random samplers, which use no losses
                         # 1. Re-evaluate all of the history under today's weights, on images held out from training: each
-                        # round takes the next --eval-images of them, round and round, and each process its share.
+                        # round takes the next --eval-images of them, round and round. Processes share the configurations.
                         images, labels = data.held_out(run.step // tau)
-                        history_losses = evaluate(net, sampler.widths, images, labels, args.amp)
-                        run.observe(world.mean(history_losses))
+                        run.observe(world.map(lambda some: evaluate(net, some, images, labels, args.amp), sampler.widths))
                     # 2. Fit a GP to these losses, 3. propose (until ready, draw at random), 4. append the first M proposals to
                     # the history (more would be too many to re-evaluate): joslim.py's `Joslim.sample`, on process 0 for all.
                     run.proposals = world.propose(sampler, per_round, keep=args.subnets)
@@ -223,8 +222,8 @@ def search(run: "Run") -> Joslim:
     sampler, (x, y) = run.joslim_sampler(), run.data.held_out(0)
     for _ in range(run.rounds):
         new = sampler.losses.isnan().nonzero()[:, 0]  # not judged yet; the others' losses cannot have changed
-        losses = evaluate(run.net, sampler.widths[new], x, y, run.args.amp)
-        sampler.observe(run.world.mean(losses), new)
+        losses = run.world.map(lambda some: evaluate(run.net, some, x, y, run.args.amp), sampler.widths[new])
+        sampler.observe(losses, new)
         run.world.propose(sampler, run.args.subnets)
     return sampler
 
@@ -504,7 +503,7 @@ def parse_args(argv=None):
     g.add_argument("--random-lambda", action=argparse.BooleanOptionalAction, default=False,
                    help="draw lambda, not a target cost, for each proposal")
     g.add_argument("--held-out", type=whole(1), metavar="IMAGES", help="training images kept for judging configurations")
-    g.add_argument("--eval-images", type=whole(1), metavar="IMAGES", help="of these, how many a round judges the history on")
+    g.add_argument("--eval-images", type=whole(2), metavar="IMAGES", help="of these, how many a round judges the history on")
     g.add_argument("--calibrate-images", type=whole(2), metavar="IMAGES", help="training images for BatchNorm's statistics")
     g.add_argument("--front-size", type=whole(2), metavar="K", help="configurations tested at the end, at most")
 
@@ -796,9 +795,9 @@ class Data:
         return self.training_set.load(shares[start:, self.world.rank], epoch)
 
     def held_out(self, number):
-        """This process's share (x, y) of held-out batch `number` (they go round)."""
+        """Held-out batch (x, y) `number` (they go round), the same on each process."""
         n = self.args.eval_images
-        i = torch.arange(n * number, n * (number + 1))[self.world.rank :: self.world.size] % len(self.held_out_set)
+        i = torch.arange(n * number, n * (number + 1)) % len(self.held_out_set)
         return map(torch.cat, zip(*self.held_out_set.load(i.split(32))))  # in parts, for all workers to share
 
     def batches(self, which):
@@ -1378,9 +1377,8 @@ class Run:
         if args.batch_size % (world.size * args.accumulate):
             raise UserError(f"--batch-size {args.batch_size} does not divide among {world.size} processes and "
                             f"--accumulate {args.accumulate} parts")  # fmt: skip
-        if min(args.batch_size // args.accumulate, args.eval_images) < 2 * world.size:
-            raise UserError(f"--batch-size {args.batch_size}, --eval-images {args.eval_images}: BatchNorm needs two images "
-                            f"in each of {world.size} processes")  # fmt: skip
+        if args.batch_size < 2 * world.size * args.accumulate:
+            raise UserError(f"--batch-size {args.batch_size}: BatchNorm needs two images in each of {world.size} processes")
         finished = world.from_first(load_finished(args) if args.search and world.rank == 0 else None)
         args.trained_as = finished and (finished["settings"].get("trained_as") or finished["settings"]["method"])
         state = world.from_first(load_checkpoint(args) if args.resume and world.rank == 0 else None)
