@@ -910,14 +910,14 @@ def test_training_and_tests_ask_for_no_value(arch, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "observe", losses.append)
     monkeypatch.setattr(train.dist, "all_reduce", lambda t: reduced.append(t.numel()))
     monkeypatch.setattr(world, "propose", lambda sampler, m, keep: sampler.sample(m, keep))
-    monkeypatch.setattr(world, "map", lambda fn, items, columns: fn(items))
+    monkeypatch.setattr(world, "map", lambda fn, items, *shape: fn(items))
     monkeypatch.setattr(run, "require_finite", lambda: None)
     monkeypatch.setattr(run, "after_step", lambda epoch, widths, step_losses: losses.append(step_losses))
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # there is none for meta
     with NoValues():
         train.train(run)
         columns = train.test_front(run, torch.rand(2, run.net.num_widths, dtype=torch.float64) / 2 + 0.5)
-    assert run.step == 1 and len(losses) == len(reduced) == 2 and all(t.is_meta for t in losses)
+    assert run.step == 1 and len(losses) == 2 and len(reduced) == 1 and all(t.is_meta for t in losses)
     assert columns["top1"].is_meta and columns["statistics"].shape == (2, len(models.get_statistics(run.net)))
     for wait in (lambda: losses[0].sum().item(), lambda: losses[0].cpu(), lambda: losses[0] + torch.ones(len(losses[0]))):
         with NoValues(), pytest.raises(RuntimeError):
@@ -1053,6 +1053,15 @@ def test_two_processes_make_one_gradient(tmp_path):
     torch.testing.assert_close(one["gradient"], gradient(net), rtol=1e-6, atol=1e-10)
     assert torch.equal(one["gradient"], two["gradient"])
     assert one["calls"] == two["calls"] == [gradient(net).numel()]  # one, of one gradient's size
+
+
+def test_what_processes_share_out_is_not_rounded(monkeypatch):
+    """As a mean over three of them, times three, would be: each sends its rows among zeros, and a sum leaves them."""
+    monkeypatch.setattr(train.dist, "all_reduce", lambda t: None)
+    values, world = torch.rand(100, dtype=torch.float64), train.World().meet("cpu")
+    for world.size, world.rank in ((3, 0), (3, 1), (3, 2), (200, 150)):
+        mine = torch.arange(100) % world.size == world.rank
+        assert torch.equal(world.map(lambda some: some, values), values.where(mine, torch.zeros_like(values)))
 
 
 # ------------------------------------------------------------------------------ BatchNorm calibration
@@ -1520,7 +1529,7 @@ def test_what_is_no_image_and_what_cannot_be_read(make_data, tmp_path, capsys, m
     data = small_data(*flags)
     assert data.about["classes"] == ["cat", "dog"] and len(data.training_set) + 16 == 96
     out = capsys.readouterr().out
-    assert "5 file servers'" in out and "2 special files, 1 linked once more" in out
+    assert "5 file servers'" in out and "3 special files" in out
     scandir = os.scandir
     for closed in ("train", "train/dog", "val/cat"):
 
@@ -1637,15 +1646,13 @@ def test_held_out_images_are_training_images_not_trained_on(make_data):
 
 
 def test_held_out_batches_go_round(make_data):
-    """Rounds take the next images each, all of them before any twice; two processes take half each."""
+    """Rounds take the next images each, all of them before any twice; each of two processes takes all."""
     flags = [*make_data("fashion-mnist"), "--eval-images", "6"]
-    data = small_data(*flags)
+    data, second = small_data(*flags), small_data(*flags, rank=1, size=2)
     ((x, _),) = data.batches("held-out")
     for number in range(5):
-        batch, _ = data.held_out(number)
-        assert torch.equal(batch, x[[(6 * number + k) % 16 for k in range(6)]])
-        halves = [next(iter(small_data(*flags, rank=rank, size=2).held_out(number))) for rank in (0, 1)]
-        assert torch.equal(torch.stack(halves, 1).flatten(0, 1), batch)
+        (batch, _), (again, _) = data.held_out(number), second.held_out(number)
+        assert torch.equal(batch, x[[(6 * number + k) % 16 for k in range(6)]]) and torch.equal(again, batch)
 
 
 def test_synthetic_is_deterministic():
@@ -1801,7 +1808,7 @@ def test_finished_weights_are_searched(tiny, tmp_path, capsys, monkeypatch):
     flags = ["--search", str(tmp_path / "slim"), "--cost", "memory"]  # all else is as that run had it
     assert train.main([*flags, "--out", str(tmp_path / "searched")]) == 0
     *rounds, whole = judged  # the last is the choice of the front
-    assert [n for n, _ in rounds] == [0, 2, 3, 2, 2, 2, 2, 2] and all(torch.equal(x, rounds[0][1]) for _, x in rounds)
+    assert [n for n, _ in rounds] == [2, 3, 2, 2, 2, 2, 2] and all(torch.equal(x, rounds[0][1]) for _, x in rounds)
     assert whole[0] == 2 + 17 and len(whole[1]) == 16
     one, two = read_state(tmp_path / "slim"), read_state(tmp_path / "searched")
     torch.testing.assert_close(one["model"], two["model"], rtol=0, atol=0)
@@ -1886,18 +1893,41 @@ class Forked:
 
 
 def two(argv, patches=("", "")):
-    """Two processes of one run, without torchrun, whose own words would be in between -> [Forked, Forked]."""
+    """Two processes of one run, or one for each patch, without torchrun, whose own words would be in between -> [Forked, ...]."""
+    size = str(len(patches))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": "2"}
-    return [Forked(argv, env | {"RANK": str(r), "LOCAL_RANK": str(r)}, patches[r]) for r in (0, 1)]
+    env = {"WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": size}
+    return [Forked(argv, env | {"RANK": str(r), "LOCAL_RANK": str(r)}, patch) for r, patch in enumerate(patches)]
 
 
 def test_torchrun_processes_agree(tiny, tmp_path):
     """The run checks it itself before it tests its front."""
     assert "2 processes agree" in finish([*launch(2), *tiny, "--out", str(tmp_path)])
     assert len(read_front(tmp_path)) >= 2
+
+
+@pytest.mark.parametrize("method", ["joslim", "twostage"])
+def test_the_historys_losses_are_the_same_by_any_number_of_processes(method, tiny, tmp_path):
+    """Weights that stay as they are: what each process tells its sampler, whole histories or, where finished weights are
+    searched, two or three new configurations, of which a third process has none. On one machine the processes hold equal bits."""
+    flags, told = [*tiny, "--method", method, "--lr", "0", "--batch-size", "30", "--num-prior", "14"], {}
+    for size in (1, 2, 3):
+        patches = [f"observe, told = train.Joslim.observe, []\n"
+                   f"def then(sampler, losses, *where):\n"
+                   f"    told.append(losses.double())\n"
+                   f"    train.torch.save(told, '{tmp_path}/{size} {rank}.pt')\n"
+                   f"    observe(sampler, losses, *where)\n"
+                   f"train.Joslim.observe = then" for rank in range(size)]  # fmt: skip
+        runs = two([*flags, "--out", str(tmp_path / str(size))], patches)
+        assert [run.finish() for run in runs] == size * [(0, "")]
+        told[size], *others = (torch.load(tmp_path / f"{size} {rank}.pt") for rank in range(size))
+        for other in others:
+            torch.testing.assert_close(other, told[size], rtol=0, atol=0)
+    assert [len(losses) for losses in told[1]] == ([15] if method == "joslim" else [0, *6 * [2], 3])
+    for size in (2, 3):
+        torch.testing.assert_close(told[size], told[1], rtol=1e-5, atol=0)
 
 
 # ------------------------------------------------------------------------------ from the front to something that runs
@@ -2690,7 +2720,7 @@ def test_damaged_files(how, tiny, tmp_path, capsys):
     assert "checkpoint.pt: not a readable" in one_line(capsys)
     assert train.main([*flags, "--out", str(hurt), "--resume"]) == 0  # from the one before
     assert "checkpoint.pt: not a readable" in capsys.readouterr().out
-    assert same_run(whole, hurt) and (hurt / "checkpoint.damaged1.pt").read_bytes() == damaged
+    assert same_run(whole, hurt) and (hurt / "checkpoint.damaged.pt").read_bytes() == damaged
     damage(hurt / "front.pt", how)
     refuses("^[^\n]*front.pt: not a readable file[^\n]*$", models.load, str(hurt / "front.pt"))
     for more in (["--out", str(hurt), "--export", "0.9"], [*flags, "--init", str(hurt / "front.pt"), "--out", str(tmp_path / "y")]):
@@ -2876,7 +2906,7 @@ def test_a_configuration_that_is_not_finite_is_left_out(tiny, tmp_path, capsys, 
     ("--arch vgg", "--arch: invalid choice: 'vgg'"), ("--data mnist", "--data: invalid choice: 'mnist'"),
     ("--device abacus", "'abacus'"), ("--device meta", "--device: expected cpu, cuda or cuda:N, got 'meta'"),
     ("--batch-size 90", "--batch-size 90 and --held-out 16: there are 96 training images"),
-    ("--batch-size 1", "BatchNorm needs two images"), ("--eval-images 1", "BatchNorm needs two images"),
+    ("--batch-size 1", "BatchNorm needs two images"), ("--eval-images 1", "--eval-images: expected"),
     ("--calibrate-images 1", "--calibrate-images: expected a whole number, at least 2"), ("--augment imagenet", "none or shift"),
     ("--eval-images 17", "--eval-images 17 is more than --held-out 16"), ("--accumulate 3", "--accumulate 3"),
     ("--search /nowhere", "/nowhere/checkpoint.pt"), ("--method slim --search RUN", "not slim"), ("--out /proc/x", "/proc"),

@@ -4,7 +4,6 @@
     python train.py                                      # synthetic images, resnet8, CPU, a minute
     python train.py --data cifar100 --data-dir DIR       # resnet56 on one GPU
     torchrun --nproc_per_node=8 train.py --arch mbv2 --data imagenet --data-dir DIR
-    torchrun --nnodes=2 --node_rank=R --master_addr=HOST --nproc_per_node=8 train.py ...  # on each of two nodes
     python train.py --out RUN --export 0.5               # the finished run's best network within half of the cost, as a file
 
 This file in order: recipes; `train`, the loop; `find_front` and `test_front`; `main`; then what
@@ -52,10 +51,7 @@ import models
 from joslim import Joslim, RandomWidths, UniformWidths
 from joslim import calibrate_bn, evaluate, pareto_front, sandwich_step, shortlist
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+fcntl = __import__("fcntl") if os.name == "posix" else None
 
 # ------------------------------------------------------------------------------ recipes
 
@@ -130,15 +126,14 @@ def train(run: "Run") -> None:
                 with run.searching():  # whose time is counted
                     if sampler.ready:  # once the first n0 are drawn; never for random samplers, which use no losses
                         # 1. Re-evaluate all of the history under today's weights, on images held out from training: each
-                        # round takes the next --eval-images of them, round and round, and each process its share.
+                        # round takes the next --eval-images of them, round and round. Processes share the configurations.
                         images, labels = data.held_out(run.step // tau)
-                        history_losses = evaluate(net, sampler.widths, images, labels, args.amp)
-                        run.observe(world.mean(history_losses))
+                        run.observe(world.map(lambda some: evaluate(net, some, images, labels, args.amp), sampler.widths))
                     # 2. Fit a GP to these losses, 3. propose (until ready, draw at random), 4. append the first M proposals to
                     # the history (more would be too many to re-evaluate): joslim.py's `Joslim.sample`, on process 0 for all.
                     run.proposals = world.propose(sampler, per_round, keep=args.subnets)
 
-            # A step. `average_gradients` is the one message between processes: gradients, whose mean all take.
+            # A step. `average_gradients` is its one message between processes: gradients, whose mean all take.
             turns = run.proposals.split(args.subnets)  # one, unless --fresh-widths
             widths = turns[run.step % len(turns)]
             losses = add_gradients(x, y, widths)
@@ -185,9 +180,9 @@ def find_front(run: "Run") -> torch.Tensor:
 
     def held_out_losses(some):
         batches = run.data.batches("held-out")
-        return sum(evaluate(net, some, x, y, args.amp) * len(x) for x, y in batches)[:, None] / args.held_out
+        return sum(evaluate(net, some, x, y, args.amp) * len(x) for x, y in batches) / args.held_out
 
-    cost, loss = run.cost(candidates), world.map(held_out_losses, candidates, columns=1)[:, 0]
+    cost, loss = run.cost(candidates), world.map(held_out_losses, candidates)
     ranked = loss.clone()
     ranked[cost.argmax()] = -torch.inf  # the full network ends the front, whatever the noise says
     front = thin(pareto_front(ranked, cost), cost, args.front_size)
@@ -205,8 +200,8 @@ def search(run: "Run") -> Joslim:
     sampler, (x, y) = run.joslim_sampler(), run.data.held_out(0)
     for _ in range(run.rounds):
         new = sampler.losses.isnan().nonzero()[:, 0]  # not judged yet; the others' losses cannot have changed
-        losses = evaluate(run.net, sampler.widths[new], x, y, run.args.amp)
-        sampler.observe(run.world.mean(losses), new)
+        losses = run.world.map(lambda some: evaluate(run.net, some, x, y, run.args.amp), sampler.widths[new])
+        sampler.observe(losses, new)
         run.world.propose(sampler, run.args.subnets)
     return sampler
 
@@ -247,7 +242,7 @@ def test_front(run: "Run", front: torch.Tensor) -> dict[str, torch.Tensor]:
 
     run.say(f"testing {len(front)} configurations of the front")
     size = len(models.get_statistics(net))
-    loss, top1, top5, statistics = run.world.map(scores, front, columns=3 + size).split([1, 1, 1, size], 1)
+    loss, top1, top5, statistics = run.world.map(scores, front, 3 + size).split([1, 1, 1, size], 1)
     columns = {cost: getattr(net, cost)(front) for cost in COSTS}
     if args.cost == "latency":
         columns["latency"] = run.milliseconds
@@ -311,16 +306,15 @@ class Stopped(KeyboardInterrupt):
 def one_line(e, run):
     """What to say of an exception, or None where it is a bug; the exit code."""
     if isinstance(e, KeyboardInterrupt):
-        line = "stopped before training began; nothing has changed, the same command starts it again"
-        if run:
-            line = f"stopped at step {run.step}, all saved; {run.continuation}"
+        none = "stopped before training began; nothing has changed, the same command starts it again"
+        line = f"stopped at step {run.step}, all saved; {run.continuation}" if run else none
         return line, 128 + (e.args[0] if isinstance(e, Stopped) else signal.SIGINT)
     if isinstance(e, UserError):
         return str(e), e.code
     if isinstance(e, RuntimeError) and "DataLoader worker" in str(e):  # torch raises it wherever training is at the time
         return f"{first_line(e)}; fewer --workers need less memory, and docker run --shm-size allows more", 2
     if out_of_memory(e):
-        return f"{first_line(e) or 'out of memory'}; a smaller --batch-size or --image-size needs less, and --accumulate", 2
+        return f"{first_line(e) or 'out of memory'}; a smaller --batch-size or --eval-images needs less, and --accumulate", 2
     if of_the_machine(e):
         where = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else first_line(e)
         return f"{where}{'; the last checkpoint stands' if run and run.step else ''}", 2
@@ -415,6 +409,7 @@ def whole(low, bits=63):
     return typed(int, lambda v: low <= v < 2**bits, f"a whole number, at least {low} and below 2^{bits}")
 
 
+count = whole(1)
 amount = typed(float, lambda v: 0 <= v < math.inf, "a number, at least 0")
 portion = typed(float, lambda v: 0 <= v < 1, "a number in [0, 1)")
 multiplier = typed(float, lambda v: 0 < v <= 1, "a number in (0, 1]")
@@ -448,17 +443,14 @@ def parse_args(argv=None):
                    help="widths from Bayesian optimisation, uniform, or random and searched afterwards (default: joslim)")
     g.add_argument("--cost", default="flops", choices=[*COSTS, "latency"],
                    help="what a budget limits; latency is measured here and now (default: %(default)s)")
-    g.add_argument("--search", type=folder, metavar="RUN",
-                   help="do not train: search that run's finished weights, by its settings, as twostage does its own")
-    g.add_argument("--init", type=folder, metavar="FILE",
-                   help="start from torchvision's weights, or a front.pt's; each group's channels sorted by importance")
+    g.add_argument("--search", type=folder, metavar="RUN", help="do not train: search its weights, as twostage does its own")
+    g.add_argument("--init", type=folder, metavar="FILE", help="start from torchvision's weights, or a front.pt's")
     g.add_argument("--seed", type=whole(0, 32), default=0, help="of weights, split, data order, widths (default: %(default)s)")
 
     g = p.add_argument_group("weights")
-    g.add_argument("--epochs", type=whole(1))
-    g.add_argument("--batch-size", type=whole(1), help="images a step, all processes together")
-    g.add_argument("--accumulate", type=whole(1), default=1, metavar="K",
-                   help="split each process's batch into K parts, one after another: less memory (default: %(default)s)")
+    g.add_argument("--epochs", type=count)
+    g.add_argument("--batch-size", type=count, help="images a step, all processes together")
+    g.add_argument("--accumulate", type=count, default=1, metavar="K", help="take a process's batch in K parts: less memory")
     g.add_argument("--lr", type=amount, help="peak learning rate at batch 256; scaled by batch / 256")
     g.add_argument("--warmup-epochs", type=amount, default=5.0, help="linear warm-up (default: %(default)s)")
     g.add_argument("--weight-decay", type=amount, help="not on BatchNorm and biases")
@@ -467,23 +459,17 @@ def parse_args(argv=None):
 
     g = p.add_argument_group("widths")
     g.add_argument("--lower", type=multiplier, default=0.42, metavar="W0", help="smallest width (default: %(default)s)")
-    g.add_argument("--divisor", type=whole(1), default=1, metavar="N", help="channel counts are multiples: 8 suits most processors")
-    g.add_argument("--subnets", type=whole(1), default=2, metavar="M",
-                   help="sub-networks a step, besides the full and the smallest; configurations a round (default: %(default)s)")
-    g.add_argument("--tau", type=whole(1), help="steps between rounds")
-    g.add_argument("--fresh-widths", action=switch, default=False,
-                   help="M proposals for each step of a round, of which M in all join the history (the paper: M for the round)")
-    g.add_argument("--num-prior", type=whole(1), default=20, metavar="N0",
-                   help="widths, each one for all layers, before the GP's first proposal (default: %(default)s)")
+    g.add_argument("--divisor", type=count, default=1, metavar="N", help="channel counts are multiples; 8 suits processors")
+    g.add_argument("--subnets", type=count, default=2, metavar="M", help="proposals a round, for all its steps (default: 2)")
+    g.add_argument("--tau", type=count, help="steps between rounds")
+    g.add_argument("--fresh-widths", action=switch, default=False, help="M proposals for each step of a round, not for all")
+    g.add_argument("--num-prior", type=count, default=20, metavar="N0", help="uniform widths before the GP's (default: 20)")
     g.add_argument("--beta", type=amount, default=0.1, help="the variance's weight in the acquisition (default: %(default)s)")
     g.add_argument("--random-lambda", action=switch, default=False, help="draw lambda, not a target cost, for each proposal")
-    g.add_argument("--held-out", type=whole(1), metavar="IMAGES", help="training images kept for judging configurations")
-    g.add_argument("--eval-images", type=whole(1), default=512, metavar="IMAGES",
-                   help="of these, how many a round judges the history on (default: %(default)s)")
-    g.add_argument("--calibrate-images", type=whole(2), default=2048, metavar="IMAGES",
-                   help="training images for BatchNorm's statistics before a test (default: %(default)s)")
-    g.add_argument("--front-size", type=whole(2), default=20, metavar="K",
-                   help="configurations tested at the end, at most (default: %(default)s)")
+    g.add_argument("--held-out", type=count, metavar="IMAGES", help="training images kept for judging configurations")
+    g.add_argument("--eval-images", type=whole(2), default=512, metavar="N", help="of these, in a round (default: 512)")
+    g.add_argument("--calibrate-images", type=whole(2), default=2048, metavar="N", help="before tests (default: 2048)")
+    g.add_argument("--front-size", type=whole(2), default=20, metavar="K", help="networks tested, at most (default: 20)")
     p.set_defaults(candidates=60)
 
     g = p.add_argument_group("the run")
@@ -493,15 +479,14 @@ def parse_args(argv=None):
     g.add_argument("--amp", action=switch, help="bfloat16 autocast (default: on GPUs that have it)")
     g.add_argument("--workers", type=whole(0), metavar="N",
                    help="loading processes per training process, image folders only (default: the cores it may use, shared)")
-    g.add_argument("--save-minutes", type=amount, default=10.0, metavar="T",
-                   help="checkpoint at least this often, besides each epoch's end (default: %(default)s)")
-    g.add_argument("--log-seconds", type=amount, default=10.0, metavar="T", help="between progress lines (default: %(default)s)")
+    g.add_argument("--save-minutes", type=amount, default=10.0, metavar="T", help="between checkpoints, at most (default: 10)")
+    g.add_argument("--log-seconds", type=amount, default=10.0, metavar="T", help="between progress lines (default: 10)")
 
     g = p.add_argument_group("a finished run, put to use")
     g.add_argument("--export", type=amount, metavar="BUDGET",
-                   help="write the best network in --out within BUDGET (up to 1 a share of the cost, else the cost): .pt2, .onnx")
-    g.add_argument("--threads", type=whole(1), metavar="N", help="of a CPU, for latencies (default: torch's)")
-    g.add_argument("--latency-batch", type=whole(1), default=1, metavar="IMAGES", help="for latencies (default: %(default)s)")
+                   help="write the best network in --out within BUDGET (to 1 a share of the cost, else the cost): .pt2, .onnx")
+    g.add_argument("--threads", type=count, metavar="N", help="of a CPU, for latencies (default: torch's)")
+    g.add_argument("--latency-batch", type=count, default=1, metavar="IMAGES", help="for latencies (default: %(default)s)")
 
     args = p.parse_args(argv)
     if args.search and args.method not in (None, "twostage"):
@@ -573,7 +558,7 @@ class World:
                 backend = "nccl" if self.device.type == "cuda" else "gloo"
                 dist.init_process_group(backend, timeout=PATIENCE, rank=self.rank, world_size=self.size, store=store)
         except (ValueError, RuntimeError) as e:
-            raise UserError(f"process 0 at {where}: the processes do not meet ({first_line(e)}); start them with torchrun") from None
+            raise UserError(f"process 0 at {where}: the processes do not meet ({first_line(e)}); use torchrun") from None
         finally:
             slow.cancel()
         return self
@@ -658,15 +643,11 @@ class World:
             self.together(dist.all_reduce, t)
         return t
 
-    def mean(self, t):
-        """As `sum`, their mean."""
-        return self.sum(t).div_(self.size)
-
     def average_gradients(self, net):
         """Every gradient's mean over processes, by one all-reduce of them all."""
         if self.size > 1:
             grads = [p.grad for p in net.parameters()]
-            joined = self.mean(torch.cat([g.flatten() for g in grads]))
+            joined = self.sum(torch.cat([g.flatten() for g in grads])).div_(self.size)
             for g, part in zip(grads, joined.split([g.numel() for g in grads])):
                 g.copy_(part.view_as(g))
 
@@ -705,12 +686,12 @@ class World:
         sampler.load_state_dict(state)
         return new
 
-    def map(self, fn, items, columns):
-        """fn(items) -> (len(items), columns) float64, each process doing its share of the items; the whole on all."""
-        rows, mine = torch.zeros(len(items), columns, dtype=torch.float64, device=self.device), items[self.rank :: self.size]
+    def map(self, fn, items, *shape):
+        """fn(items) -> (len(items), *shape) float64, each process doing its share of the items; the same on all."""
+        rows, mine = torch.zeros(len(items), *shape, dtype=torch.float64, device=self.device), items[self.rank :: self.size]
         if len(mine):
             rows[self.rank :: self.size] = fn(mine).to(rows)
-        return self.sum(rows).cpu()
+        return self.sum(rows).cpu()  # in each row all but one process have zeros
 
     def wait(self):
         if self.size > 1:
@@ -762,8 +743,8 @@ class Data:
         read = read_folders if args.data == "imagenet" else read_arrays
         (self.training_set, self.held_out_set, self.test_set), names, self.channels, digest = read(args, world)
         mean, std = (v.flatten().tolist() for v in (self.training_set.mean / 255, self.training_set.std / 255))
-        split = {"seed": args.seed, "held_out": args.held_out}
-        self.about = {"classes": names, "mean": mean, "std": std, "digest": digest, "split": split}
+        split = dict(seed=args.seed, held_out=args.held_out)
+        self.about = dict(classes=names, mean=mean, std=std, digest=digest, split=split)
         self.steps = len(self.training_set) // args.batch_size
 
     @functools.cached_property
@@ -779,9 +760,9 @@ class Data:
         return self.training_set.load(shares[start:, self.world.rank], epoch)
 
     def held_out(self, number):
-        """This process's share (x, y) of held-out batch `number` (they go round)."""
+        """Held-out batch (x, y) `number` (they go round), the same on each process."""
         n = self.args.eval_images
-        i = torch.arange(n * number, n * (number + 1))[self.world.rank :: self.world.size] % len(self.held_out_set)
+        i = torch.arange(n * number, n * (number + 1)) % len(self.held_out_set)
         return map(torch.cat, zip(*self.held_out_set.load(i.split(32))))  # in parts, for all workers to share
 
     def batches(self, which):
@@ -918,8 +899,7 @@ def load_arrays(args, world):
     parts, how = [], dict(root=args.data_dir, **more)
     for part in ("train", "test"):
         if args.download:
-            failed = f"--download: {args.data} could not be fetched"
-            prepare(world, failed, reader, train=part == "train", download=True, **how)
+            prepare(world, f"--download: {args.data} could not be fetched", reader, train=part == "train", download=True, **how)
         try:
             images = reader(train=part == "train", **how)  # CIFAR's verify their checksums before they open a pickle
         except Exception as e:  # a damaged file makes its readers raise nearly anything
@@ -1010,6 +990,9 @@ def decode(path):
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    longest = 4 * min(image.size)  # the middle of a very long one: whole, it would be huge once its short side is --image-size
+    if max(image.size) > longest:
+        image = transforms.functional.center_crop(image, [min(side, longest) for side in image.size[::-1]])
     return image.convert("RGB")
 
 
@@ -1024,7 +1007,7 @@ class FolderImages(torch.utils.data.Dataset):
         self.seed, self.workers = args.seed, args.workers
         size = args.image_size
         short = math.ceil(size * 256 / 224) if args.augment == "imagenet" else size
-        centre = [transforms.Lambda(squarish), transforms.Resize(short), transforms.CenterCrop(size)]
+        centre = [transforms.Resize(short), transforms.CenterCrop(size)]
         augment = {
             "none": centre,
             "shift": [*centre, transforms.RandomCrop(size, padding=size // 8, padding_mode="reflect")],
@@ -1080,14 +1063,6 @@ class FolderImages(torch.utils.data.Dataset):
             yield (x.float() - mean) / std, y
 
 
-def squarish(image):
-    """The middle of a very long image: whole, it would be huge once its short side is as long as asked for."""
-    longest = 4 * min(image.size)
-    if max(image.size) <= longest:
-        return image
-    return transforms.functional.center_crop(image, [min(side, longest) for side in image.size[::-1]])
-
-
 def unreadable(path, e):
     return UserError(f"{path}: not a readable image ({name_of(e)})")
 
@@ -1132,12 +1107,9 @@ def read_folders(args, world):
     again = {*contents[: len(train[0])]} & {*contents[len(train[0]) :]}
     if again and world.rank == 0:
         copies = sum(c in again for c in contents[len(train[0]) :])
-        tell(f"{args.data_dir / 'val'}: {copies} of its {len(val[0])} images are also in train/: they test what was learnt by heart")
-    digest = hashlib.sha256()
-    for path, content in zip(paths, contents):
-        name = os.path.relpath(path, args.data_dir).replace(os.sep, "/")
-        digest.update(name.encode(errors="surrogateescape") + content)
-    digest = digest.hexdigest()
+        tell(f"{args.data_dir / 'val'}: {copies} of its {len(val[0])} images are also in train/, and learnt by heart")
+    names = (os.path.relpath(path, args.data_dir).replace(os.sep, "/").encode(errors="surrogateescape") for path in paths)
+    digest = hashlib.sha256(b"".join(itertools.chain(*zip(names, contents)))).hexdigest()
     if small:
         return array_sets(args, world, *in_memory(*train, args), *in_memory(*val, args)), classes, 3, digest
     parts = (*train, rest), (*train, held_out), (*val, torch.arange(len(val[0])))
@@ -1149,8 +1121,8 @@ def read_folders(args, world):
 
 
 # What file servers and systems leave behind: thumbnails, waste, snapshots.
-LITTER = {"@eaDir", "@tmp", "@Recycle", "@Recently-Snapshot", "#recycle", "#snapshot", "~snapshot", "lost+found", "__MACOSX",
-          "$RECYCLE.BIN", "RECYCLER", "System Volume Information"}  # fmt: skip
+LITTER = {"@eaDir", "@Recycle", "@Recently-Snapshot", "#recycle", "#snapshot", "~snapshot", "lost+found", "__MACOSX",
+          "$RECYCLE.BIN", "System Volume Information"}  # fmt: skip
 
 
 def read_folder(root, world):
@@ -1166,9 +1138,10 @@ def read_folder(root, world):
         place, folder = (info.st_dev, info.st_ino), stat.S_ISDIR(info.st_mode)
         odd = ("linked once more" if place in seen else None if folder else "special files" if not stat.S_ISREG(info.st_mode)
                else None if suffix in SUFFIXES else suffix or "without suffix")  # fmt: skip
-        left_out.update([odd] if odd else [])
-        seen.add(place)
-        if not odd:
+        if odd:
+            left_out[odd] += 1
+        else:
+            seen.add(place)
             (folders if folder else found).append((path, label))
 
     def inside(path):
@@ -1181,9 +1154,9 @@ def read_folder(root, world):
     top = [*inside(root)]
     classes = sorted(entry.name for entry in top if entry.is_dir())
     left_out["outside of class folders"] = len(top) - len(classes)
-    for label, path in enumerate([root, *(root / name for name in classes)], -1):
+    for label, path in enumerate([root, *(root / name for name in classes)], -1):  # a link may lead back to the root
         take(str(path), label)
-    del folders[0]  # a link may lead back there
+    folders.pop(0)
     while folders:
         for path, label in folders:  # which grows by those inside
             for entry in inside(path):
@@ -1267,7 +1240,7 @@ def run_folder(args, world):
         try:
             locked = fcntl and not fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not held by its children
         except (BlockingIOError, PermissionError):
-            raise UserError(f"--out: {args.out} is in use by another process; torchrun, not srun, starts those of a run") from None
+            raise UserError(f"--out: {args.out} is in use by another process; torchrun, not srun, starts several") from None
         except OSError:
             locked = False
         if not locked:
@@ -1320,9 +1293,8 @@ def load_checkpoint(args):
                 advice = f"add {wanted}" if theirs.get(name) is not None else f"leave {given} out"
                 raise UserError(f"{path}: that run has {wanted}, this one {given}; {advice}, or use another --out")
         if damage:
-            spare = next(p for n in itertools.count(1) if not (p := args.out / f"checkpoint.damaged{n}.pt").exists())
-            tell(f"{damage[0]}; kept as {spare.name}, continuing from {path.name}")
-            os.replace(paths[0], spare)
+            tell(f"{damage[0]}; kept as checkpoint.damaged.pt, continuing from {path.name}")
+            os.replace(paths[0], args.out / "checkpoint.damaged.pt")
             os.replace(path, paths[0])
         return state
     if damage:
@@ -1378,16 +1350,15 @@ class Run:
         self.timing = dict(batch=args.latency_batch, threads=args.threads)
         command = [os.path.relpath(__file__), *(a for a in argv if a != "--resume"), "--resume"]
         restarts = from_torchrun("TORCHELASTIC_MAX_RESTARTS", 0) > from_torchrun("TORCHELASTIC_RESTART_COUNT", 0)
-        self.continuation = (f"{'unless torchrun, which has restarts left, goes on by itself, ' if restarts else ''}continue with: "
-                             f"{'torchrun ...' if world.size > 1 else 'python'} {shlex.join(command)}")  # fmt: skip
+        unless = "unless torchrun, which has restarts left, goes on by itself, " if restarts else ""
+        self.continuation = f"{unless}continue with: {'torchrun ...' if world.size > 1 else 'python'} {shlex.join(command)}"
         if args.amp is None:
             args.amp = world.device.type == "cuda" and torch.cuda.get_device_capability(world.device) >= (8, 0)
         if args.batch_size % (world.size * args.accumulate):
             parts = f"{world.size} processes and --accumulate {args.accumulate} parts"
             raise UserError(f"--batch-size {args.batch_size} does not divide among {parts}")
-        if min(args.batch_size // args.accumulate, args.eval_images) < 2 * world.size:
-            raise UserError(f"--batch-size {args.batch_size}, --eval-images {args.eval_images}: BatchNorm needs two images "
-                            f"in each of {world.size} processes")  # fmt: skip
+        if args.batch_size < 2 * world.size * args.accumulate:
+            raise UserError(f"--batch-size {args.batch_size}: BatchNorm needs two images in each of {world.size} processes")
         finished = world.from_first(read_finished(args.search) if args.search and world.rank == 0 else None)
         args.trained_as = finished and (finished["settings"].get("trained_as") or finished["settings"]["method"])
         state = world.from_first(load_checkpoint(args) if args.resume and world.rank == 0 else None)
@@ -1408,7 +1379,7 @@ class Run:
                 raise UserError(f"{where}: its network has {other['network']}, these data need {self.network}")
             same = other and theirs["digest"] == mine["digest"]
             if other and flag != "init" and not same:
-                raise UserError(f"{where}: that run had other images than {args.data_dir} has now; give it those, or start anew")
+                raise UserError(f"{where}: that run had other images than {args.data_dir} has now; give it those")
             if same and theirs.get("split") != mine["split"]:  # what it was trained on would be held out here
                 split = " ".join(as_flag(name, value) for name, value in theirs.get("split", {}).items())
                 raise UserError(f"{where}: that run held out other images, those of {split or 'earlier code'}; add that here")
@@ -1448,11 +1419,10 @@ class Run:
         self.say("settings  " + "  ".join(f"{k}={v}" for k, v in settings(args).items()))
         self.log("settings", **settings(args), processes=world.size, torch=torch.__version__)
         if args.method != "slim" and (self.rounds - 1) * args.subnets < args.num_prior:
-            self.say(f"--num-prior {args.num_prior}: the {self.rounds} rounds of this run end before the GP's first proposal, and "
-                     "search no more than slim does; a smaller --num-prior or --tau gives it some")  # fmt: skip
+            self.say(f"{self.rounds} rounds end before the GP's first proposal, as slim's do; lower --num-prior or --tau")
         flops, params = self.net.flops(1.0).item() / 1e6, self.net.params(1.0).item() / 1e6
-        self.say(f"{args.arch}: {self.net.num_widths} widths, {flops:.1f} MFLOPs, {params:.3f} M parameters; {self.steps} steps "
-                 f"on {world.size} x {world.device.type}")  # fmt: skip
+        where = f"{self.steps} steps on {world.size} x {world.device.type}"
+        self.say(f"{args.arch}: {self.net.num_widths} widths, {flops:.1f} MFLOPs, {params:.3f} M parameters; {where}")
         if finished and not state:
             self.save()
 
@@ -1510,8 +1480,8 @@ class Run:
                 out = Path(tempfile.mkdtemp(prefix=f"{out.name}.", dir=self.args.out.parent))
         yield out
         if not stays:
-            raise Failed(f"{self.args.out} or its log.jsonl is no longer what this run took; it ends at step {self.step}, all saved in "
-                         f"{out}: see that no other run is there, and continue with --out {out} --resume")  # fmt: skip
+            raise Failed(f"{self.args.out} or its log.jsonl is not what this run took any more; stopped at step {self.step}, "
+                         f"all saved in {out}: see that no other run is there; continue with --out {out} --resume")  # fmt: skip
 
     # -------------------------------------------------------------- clock and log
 
@@ -1593,8 +1563,8 @@ class Run:
         self.least = min(self.least, losses[0])
         before, self.fell = self.fell, self.fallen()
         if self.fell and not before:
-            self.say(f"step {self.step}: the full network's loss is back at chance ({self.data.chance[0]:.3f}), from "
-                     f"{self.least:.3f}; {PREVIOUS} will keep the last checkpoint from before. Try a smaller --lr")  # fmt: skip
+            self.say(f"step {self.step}: the full network's loss is back at chance, from {self.least:.3f}; {PREVIOUS} "
+                     "will keep the last checkpoint from before. Try a smaller --lr")  # fmt: skip
 
     def fallen(self):
         """Whether the loss is what chance gives, though it was well below; then the last sound checkpoint stays."""
@@ -1640,7 +1610,7 @@ class Run:
             tensors = [*self.net.parameters(), *self.sampler.state_dict().values()]
             digest = hashlib.sha256(b"".join(t.detach().cpu().numpy().tobytes() for t in tensors)).hexdigest()
             if len(set(self.world.gather(digest))) > 1:
-                raise Failed(f"step {self.step}: the processes have different weights or histories; the last checkpoint stands")
+                raise Failed(f"step {self.step}: the processes have different weights or histories; the checkpoint stands")
             if self.step == self.steps:
                 self.say(f"{self.world.size} processes agree: weights and history have sha256 {digest[:16]}...")
 
@@ -1665,7 +1635,7 @@ class Run:
                 draw_front(args, columns, out / "front.png")
         costs, round_up = {name: columns[name] for name in columns if name in UNITS}, models.round_up
         tell("\n" + "".join(f"{UNITS[name][0]:>11}        %" for name in costs) + "    loss   top-1          top-5")
-        shown = [part for name, v in costs.items() for part in (round_up(v / UNITS[name][1], 3), round_up(100 * v / v.max(), 1))]
+        shown = [part for k, v in costs.items() for part in (round_up(v / UNITS[k][1], 3), round_up(100 * v / v.max(), 1))]
         for cells, *row in zip(zip(*shown), *(columns[name] for name in ("loss", "top1", "top1_stderr", "top5"))):
             line = "".join(f"{value:>11} {percent:>7}%" for value, percent in zip(cells[::2], cells[1::2]))
             tell(line + " {:7.4f} {:7.2f} ± {:4.2f} {:7.2f}".format(*row))
@@ -1673,8 +1643,8 @@ class Run:
         if columns["top1"][best] < self.data.chance[1] + 2 * columns["top1_stderr"][best]:
             tell(f"no network is better than chance: to say the commonest class is right for {self.data.chance[1]:.2f} %")
         total = timedelta(seconds=round(self.seconds["total"]))
-        tell(f"{total} in all, {share:.1%} of it for the width search; see {out}/ for checkpoint.pt, log.jsonl, front.csv, "
-             "front.pt and, if nothing is said of it, front.png")  # fmt: skip
+        files = ", ".join(sorted(path.name for path in out.glob("front.*")))
+        tell(f"{total} in all, {share:.1%} of it for the width search; see {out}/ for {files}, checkpoint.pt and log.jsonl")
 
 
 @contextmanager
@@ -1728,7 +1698,8 @@ def export(args, world):
             raise Failed(f"{path}: would not give what the network gives, by {apart:.1g}")
         with atomic_write(path) as f:
             f.write(content)
-        tell(f"{path}: {len(content) / 1e6:.2f} MB, {models.time_forward(again, x[:1].cpu()).min():.2f} ms an image, test top-1 "
+        least = models.time_forward(again, x[:1].cpu()).min()
+        tell(f"{path}: {len(content) / 1e6:.2f} MB, {least:.2f} ms an image, test top-1 "
              f"{100 * right / len(data.test_set):.2f} % (front.csv {row['top1']:.2f}); its outputs differ from the "
              f"network's by up to {apart:.1g}")  # fmt: skip
 

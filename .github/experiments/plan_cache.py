@@ -5,12 +5,13 @@
 
 torch keeps the plans that cuDNN builds for convolutions, one for each shape, in a cache of 10,000 (the least recently used goes
 first; TORCH_CUDNN_V8_API_LRU_CACHE_LIMIT). A build takes milliseconds of the CPU, in which the GPU may wait. A simulation: 500
-rounds of ImageNet's recipe on eight GPUs, each of which evaluates the whole history in order and then trains the full network,
-the smallest and two new configurations, forward and backward. Widths are random; all shapes are of networks that ran (on
-tensors without values). Needs no GPU; some minutes.
+rounds of ImageNet's recipe, as one process has them alone and as one of eight: it evaluates its share of the history in order and
+then trains the full network, the smallest and two new configurations, forward and backward. Widths are random; all shapes are of
+networks that ran (on tensors without values). Needs no GPU; some minutes.
 """
 
 import argparse
+import itertools
 import sys
 from collections import OrderedDict
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import models  # noqa: E402
 
-ROUNDS, EACH, BATCH, EVAL_BATCH, LOWER = 500, 2, 128, 64, 0.42
+ROUNDS, EACH, LOWER = 500, 2, 0.42
 
 
 class Shapes(TorchDispatchMode):
@@ -58,7 +59,7 @@ class Cache:
                     self.plans.popitem(last=False)
 
 
-def simulate(arch, divisor):
+def simulate(arch, divisor, processes):
     net = models.build(arch, 1000, 224, divisor=divisor).to("meta")
     generator = torch.Generator().manual_seed(0)
     always = [shapes(net, 1.0), shapes(net, LOWER)]
@@ -68,21 +69,21 @@ def simulate(arch, divisor):
         proposals = [shapes(net, a) for a in new]
         before = {limit: cache.builds for limit, cache in caches.items()}
         for cache in caches.values():
-            for known in history:
-                cache.use((EVAL_BATCH, "forward", *key) for key in known)
+            for known in history[::processes]:
+                cache.use(("held out", "forward", *key) for key in known)
             for trained in (*always, *proposals):
-                cache.use((BATCH, way, *key) for key in trained for way in ("forward", "data", "weight"))
+                cache.use(("trained", way, *key) for key in trained for way in ("forward", "data", "weight"))
         history += proposals
         if number + 1 in (100, 200, ROUNDS):
             for limit, cache in caches.items():
-                print(f"{arch:9} {divisor:7}  {limit:>9} {len(history):8} {cache.builds - before[limit]:14,} {cache.builds:14,} "
+                print(f"{arch:9} {divisor:7} {processes:9}  {limit:>9} {len(history):8} {cache.builds - before[limit]:14,} {cache.builds:14,} "
                       f"{len(cache.plans):10,}", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
-    print("network   divisor      limit  history  builds a round   builds so far    in cache")
+    print("network   divisor processes      limit  history  builds a round   builds so far    in cache")
     for arch in ("mbv2", "resnet18"):
-        for divisor in (1, 8):
-            simulate(arch, divisor)
+        for divisor, processes in itertools.product((1, 8), (1, 8)):
+            simulate(arch, divisor, processes)
