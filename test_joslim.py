@@ -1655,6 +1655,15 @@ def test_held_out_batches_go_round(make_data):
         assert torch.equal(batch, x[[(6 * number + k) % 16 for k in range(6)]]) and torch.equal(again, batch)
 
 
+def test_synthetic_images_are_known_by_their_recipe(monkeypatch):
+    """Processors differ in a bit of some: a run begun on one goes on on another. But not with other images held out."""
+    digests, synthetic = [], train.synthetic
+    for bit, flags in ((0, []), (1, []), (0, ["--held-out", "50"])):
+        monkeypatch.setattr(train, "synthetic", lambda n, seed: ((s := synthetic(n // 10, seed))[0] ^ bit, s[1]))  # noqa: B023
+        digests.append(small_data(*flags).about["digest"])
+    assert digests[0] == digests[1] != digests[2]
+
+
 def test_synthetic_is_deterministic():
     one, two = train.synthetic(50, 0), train.synthetic(50, 0)
     assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
@@ -2214,7 +2223,7 @@ def test_resumed_run_is_the_unbroken_run(method, more, tiny, tmp_path, capsys, m
     flags = [*tiny, "--method", method, *more]
     assert train.main([*flags, "--out", str(tmp_path / "whole")]) == 0
 
-    flags += ["--out", str(tmp_path / "parts"), "--resume"]
+    flags += ["--out", str(tmp_path / "parts"), "--resume", "--threads", "1"]  # which decide nothing where FLOPs are the cost
     for step in (3, 6):  # in the middle of an epoch and of a round's widths; after an epoch
         run_until(step, [*flags, "--save-minutes", "0"], monkeypatch)
     with monkeypatch.context() as patch:  # and in the middle of the choice of the front
@@ -2316,6 +2325,27 @@ def test_what_is_ignored_stays_so(tiny, tmp_path):
     run.await_line("epoch")
     os.kill(run.pid, signal.SIGHUP)
     assert run.finish() == (0, "")
+
+
+@pytest.mark.parametrize("kind", ["process", "subprocess", "pool"])
+def test_others_children_live_on(kind, photos, tmp_path):
+    """A run ends its loading processes, and no other that its process has."""
+    if kind == "subprocess":
+        other = subprocess.Popen(["sleep", "60"])
+    else:
+        other = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=kind == "pool")
+        other.start()
+    assert train.main([*photos, "--workers", "1", "--epochs", "1", "--out", str(tmp_path)]) == 0
+    assert other.poll() is None if kind == "subprocess" else other.is_alive()
+    other.kill()
+
+
+def test_what_a_stopped_run_says_of_torchrun(tiny, tmp_path, monkeypatch, capsys):
+    for most, count in (("0", "0"), ("3", "1"), ("3", "3")):
+        monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", most)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        run_until(2, [*tiny, "--method", "slim", "--out", str(tmp_path / most / count)], monkeypatch)
+        assert ("unless torchrun, which has restarts left" in one_line(capsys)) == (int(count) < int(most))
 
 
 def test_main_in_a_thread(tiny, tmp_path):
@@ -2752,7 +2782,7 @@ def test_a_read_that_failed_is_not_damage(failure, finished, tmp_path, capsys, m
     assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
 
 
-def test_checkpoints_of_something_else(photos, tmp_path, capsys):
+def test_checkpoints_of_something_else(photos, tmp_path, capsys, monkeypatch):
     """Of an older format, of another network, of other data: one line, and nothing is touched."""
     flags = [*photos, "--workers", "0", "--epochs", "1", "--out", str(tmp_path / "run"), "--resume"]
     assert train.main(flags) == 0
@@ -2772,6 +2802,8 @@ def test_checkpoints_of_something_else(photos, tmp_path, capsys):
     for s in ("train", "val"):
         shutil.copytree(tmp_path / "imagenet" / s / "cat", tmp_path / "imagenet" / s / "cow")
     refused("no --init, this one --init /x; leave --init /x out, or", "--init", "/x")
+    monkeypatch.chdir("/")
+    refused("no --init, this one --init /x; leave", "--init", "x")  # the same file, however it is called
     refused("'num_classes': 3")
     refused("'num_classes': 3", *search)
     torch.save(good | {"format": 5}, path)
@@ -2968,11 +3000,14 @@ def test_downloads_fetch_what_is_missing_or_fail_in_one_line(kind, failure, word
     for module in (torchvision.datasets.mnist, torchvision.datasets.cifar):
         monkeypatch.setattr(module, "download_and_extract_archive", fetch)
     train.load_arrays(args, train.World().meet("cpu"))  # all is there, if packed: nothing is fetched
-    for path in (tmp_path / kind).rglob("*train-labels*" if kind in IDX else "data_batch_3"):
+    missing = {"fashion-mnist": "train-labels*", "emnist": "*test-images*", "cifar10": "data_batch_3"}[kind]
+    for path in [*(tmp_path / kind).rglob(missing)]:  # of EMNIST the training files are there
         path.unlink()
-    with pytest.raises(train.UserError, match=f"^--download: {kind} could not be fetched") as refused:
-        train.load_arrays(args, train.World().meet("cpu"))
-    assert word in str(refused.value) and "\n" not in str(refused.value)
+    for folder in (tmp_path / kind, tmp_path / "not" / "there"):
+        args.data_dir = folder
+        with pytest.raises(train.UserError, match=f"^--download: {kind} could not be fetched") as refused:
+            train.load_arrays(args, train.World().meet("cpu"))
+        assert word in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_more_processes_than_gpus(monkeypatch):
@@ -2990,6 +3025,9 @@ ONE, FAR = torch.ones(3), torch.empty(3, device="meta")  # meta: a device that e
 
 def test_samplers_name_what_is_wrong():
     refuses("dim", joslim.RandomWidths, 0)
+    for seed in (2**32, 2**32 + 5, -1):  # of which torch's generators would drop the upper bits
+        refuses("seed", joslim.RandomWidths, 3, seed=seed)
+        refuses("seed", joslim.Joslim, 3, mean_width, seed=seed)
     refuses("lower", joslim.UniformWidths, 3, lower=math.nan)
     refuses("num_prior", joslim.Joslim, 3, mean_width, num_prior=0)
     refuses("beta", joslim.Joslim, 3, mean_width, beta=-1)
