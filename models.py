@@ -1,11 +1,13 @@
-"""Slimmable ResNet and MobileNetV2: one set of weights, every layer-wise width.
+"""Slimmable networks: one set of weights, every layer-wise width. ResNet and MobileNetV2, or an ordinary network as it is.
 
     net = build("mbv2", num_classes=1000, image_size=224)
     net.set_widths(0.5)                       # every group at half its channels
     net.set_widths(torch.rand(net.num_widths).clamp(min=0.42))
     net(x).sum().backward()                   # runs and trains at those widths
     net.flops(a), net.params(a), net.memory(a)   # a (..., num_widths) -> (...,)
-    plain = net.extract()                     # an ordinary nn.Sequential, weights cut and copied
+    plain = net.extract()                     # an ordinary network, weights cut and copied
+
+    net = slimmable(torchvision.models.efficientnet_b0(), (3, 224, 224))   # a copy; net.kept: what stays as wide, and why
 
     net = load("front.pt")                    # what a run of train.py wrote
     net.use(flops=0.5)                        # its best configuration within half the FLOPs, ready to run
@@ -14,60 +16,80 @@ The whole idea is the `WidthGroup`: tensors that are added share one, a layer is
 it reads and which it writes, and choosing widths is setting each group's `active` once. Forward
 passes read like the ordinary networks'; costs are found by watching one forward pass.
 
-To make another network slimmable, write it with `Conv2d`, `BatchNorm2d` and `Linear` of this file
-and wrap it: `Slimmable(OrderedDict(net=MyNet()), image=(3, 32, 32))`.
+`slimmable` finds out which group each layer of an ordinary network reads and writes, and puts this file's layers into
+their places. To say it yourself, write the network with `Conv2d`, `BatchNorm2d` and `Linear` of this file and wrap it:
+`Slimmable(MyNet(), image=(3, 32, 32))`. ResNet and MobileNetV2 below are written so.
 
-In order: layers; `Slimmable`; ResNet and MobileNetV2; the deployable file; pretrained weights; latency; cost tables.
-This file needs torch alone.
+In order: layers; `Slimmable`; how groups are found; ResNet and MobileNetV2; the deployable file; pretrained weights;
+latency; cost tables. This file needs torch alone.
 """
 
 import copy
 import functools
+import itertools
+import math
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.utils import _pair
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import flop_registry
 
 # ------------------------------------------------------------------------------ slimmable layers
 
 
 class WidthGroup:
-    """Channels that must agree. `max` exist, the first `active` of them are in use.
+    """Channels that must agree. `max` exist, the first `active` of them are in use, a multiple of `step`.
 
     A `fixed` group (image channels, MobileNetV2's last 1280) is never slimmed and takes no place in
     the width vector. Raises ValueError for max below 1.
     """
 
-    def __init__(self, max: int, fixed: bool = False):
+    def __init__(self, max: int, fixed: bool | str = False, step: int = 1):
         if max < 1:
             raise ValueError(f"max must be at least 1, got {max}")
         self.max = self.active = max
-        self.fixed = fixed
+        self.fixed, self.step = fixed, step  # `slimmable` gives the reason; a grouped convolution's parts are the step
 
 
 class Concatenation:
-    """What a layer reads where tensors of several groups are concatenated, in this order, along the channels."""
+    """What a layer reads where tensors of several groups are concatenated, in this order, along the channels.
+
+    each: entries of a channel, where maps of so many pixels were flattened before a `Linear`.
+    """
 
     fixed = True  # its width is its parts'
 
-    def __init__(self, *parts: "WidthGroup | Concatenation"):
-        self.parts = tuple(g for part in parts for g in getattr(part, "parts", [part]))  # of a Concatenation, its own
+    def __init__(self, *parts: "WidthGroup | Concatenation", each: int = 1):
+        self.parts = tuple(g for part in parts for g in parts_of(part))  # of a Concatenation, its own
+        self.each = each
 
-    max = property(lambda self: sum(g.max for g in self.parts))
-    active = property(lambda self: sum(g.active for g in self.parts))
+    max = property(lambda self: self.each * sum(g.max for g in self.parts))
+    active = property(lambda self: self.each * sum(g.active for g in self.parts))
 
 
-def input_channels(weight: Tensor, reads: WidthGroup | Concatenation) -> Tensor:
-    """(out, sum of max, ...) -> (out, sum of active, ...): in the weight every part of a concatenation has room for its full
-    width; what it does not use is left out, since in the input the parts lie side by side."""
-    if isinstance(reads, WidthGroup) or weight.shape[1] == reads.active:
-        return weight
-    parts = zip(weight.split([g.max for g in reads.parts], 1), reads.parts)
-    return torch.cat([part[:, : g.active] for part, g in parts], 1)
+def parts_of(channels: WidthGroup | Concatenation) -> "tuple[WidthGroup, ...]":
+    return getattr(channels, "parts", (channels,))
+
+
+def used_parts(t: Tensor, channels: WidthGroup | Concatenation, dim: int) -> list[Tensor]:
+    """Views of what is in use of each part, in the dimension of `t` where every part has room for its full width."""
+    each, parts = getattr(channels, "each", 1), parts_of(channels)
+    return [one.narrow(dim, 0, each * g.active) for one, g in zip(t.split([each * g.max for g in parts], dim), parts)]
+
+
+def used_channels(t: Tensor, channels: WidthGroup | Concatenation, dim: int) -> Tensor:
+    """(..., sum of max, ...) -> (..., sum of active, ...): of a concatenation's parts what is not used is left out, since in
+    the input they lie side by side. Of a group `t` itself, which `first_channels` cuts."""
+    if isinstance(channels, WidthGroup) or t.shape[dim] == channels.active:
+        return t
+    return torch.cat(used_parts(t, channels, dim), dim)
 
 
 def first_channels(t: Tensor, *sizes: int) -> Tensor:
@@ -85,29 +107,48 @@ def first_channels(t: Tensor, *sizes: int) -> Tensor:
 
 
 class Conv2d(nn.Conv2d):
-    """`nn.Conv2d`, padded by kernel_size // 2, from the group it reads to the one it writes (depthwise: the same one).
+    """`nn.Conv2d` from the group it reads to the one it writes. A grouped convolution (depthwise: of one channel a part)
+    writes the group it reads, whose channels then come and go by whole parts.
 
-    Without a bias unless asked: BatchNorm, which mostly follows, has one.
+    Padded by kernel_size // 2, and without a bias, unless asked: BatchNorm, which mostly follows, has one.
     """
 
-    def __init__(self, reads, writes, kernel_size, stride=1, *, depthwise=False, bias=False):
-        if depthwise and (reads is not writes or isinstance(reads, Concatenation)):
-            raise ValueError("depthwise: such a convolution writes the group that it reads, which is no Concatenation")
-        groups = writes.max if depthwise else 1
-        super().__init__(reads.max, writes.max, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias)
-        self.reads, self.writes, self.depthwise = reads, writes, depthwise
+    def __init__(self, reads, writes, kernel_size, stride=1, *, depthwise=False, bias=False, padding=None, dilation=1,
+                 groups=1, padding_mode="zeros"):  # fmt: skip
+        groups = writes.max if depthwise else groups
+        if padding is None:
+            padding = tuple(d * (k // 2) for k, d in zip(_pair(kernel_size), _pair(dilation)))
+        super().__init__(reads.max, writes.max, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
+        if groups > 1 and not (reads is writes and in_steps(writes, writes.max // groups)):
+            raise ValueError("depthwise, groups: such a convolution writes the group that it reads, by whole parts")
+        self.reads, self.writes = reads, writes
 
     def forward(self, x):
         i, o = self.reads.active, self.writes.active
-        groups = o if self.depthwise else 1
-        bias = None if self.bias is None else first_channels(self.bias, o)
-        weight = first_channels(input_channels(self.weight, self.reads), o, i // groups)
-        return F.conv2d(x, weight, bias, self.stride, self.padding, 1, groups)
+        weight, bias, padding, groups = self.weight, self.bias, self.padding, self.groups
+        if groups > 1:
+            groups = o * groups // self.out_channels
+            weight, bias = (t if t is None else used_channels(t, self.writes, 0) for t in (weight, bias))
+        else:
+            weight = used_channels(weight, self.reads, 1)
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self._reversed_padding_repeated_twice, self.padding_mode), 0
+        bias = None if bias is None else first_channels(bias, o)
+        return F.conv2d(x, first_channels(weight, o, i // groups), bias, self.stride, padding, self.dilation, groups)
 
     def plain(self):
-        i, o = self.reads.active, self.writes.active
-        groups = o if self.depthwise else 1
-        return nn.Conv2d(i, o, self.kernel_size, self.stride, self.padding, groups=groups, bias=self.bias is not None)
+        i, o, how = self.reads.active, self.writes.active, (self.kernel_size, self.stride, self.padding, self.dilation)
+        groups = o * self.groups // self.out_channels if self.groups > 1 else 1
+        return nn.Conv2d(i, o, *how, groups, self.bias is not None, self.padding_mode)
+
+
+def in_steps(channels: WidthGroup | Concatenation, step: int) -> bool:
+    """Lets the channels of every part come and go `step` at a time; False where they cannot."""
+    if step > 1 and (getattr(channels, "each", 1) > 1 or any(g.max % step for g in parts_of(channels))):
+        return False
+    for g in parts_of(channels):
+        g.step = math.lcm(g.step, step)
+    return True
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -119,37 +160,46 @@ class BatchNorm2d(nn.BatchNorm2d):
     it is 0 again (`joslim.calibrate_bn`).
     """
 
+    theirs = 0.1  # the momentum of what is extracted
+
     def __init__(self, group):
-        if isinstance(group, Concatenation):
-            raise ValueError("BatchNorm2d: normalises a group; normalise the parts before they are concatenated")
         super().__init__(group.max, momentum=0.0)
         self.reads = self.writes = group
 
     def forward(self, x):
-        n = self.writes.active
         mean = var = None
         if self.momentum or not self.training:
-            mean, var = first_channels(self.running_mean, n), first_channels(self.running_var, n)
-        weight, bias = first_channels(self.weight, n), first_channels(self.bias, n)
-        return F.batch_norm(x, mean, var, weight, bias, self.training, self.momentum, self.eps)
+            mean, var = self.used(self.running_mean), self.used(self.running_var)
+        training = self.training or mean is None
+        x = F.batch_norm(x, mean, var, self.used(self.weight), self.used(self.bias), training, self.momentum, self.eps)
+        if self.training and mean is not None and isinstance(self.writes, Concatenation):  # they may be copies
+            for stat, new in ((self.running_mean, mean), (self.running_var, var)):
+                for part, value in zip(parts := used_parts(stat, self.writes, 0), new.split([len(p) for p in parts])):
+                    part.copy_(value)
+        return x
+
+    def used(self, t):
+        return None if t is None else first_channels(used_channels(t, self.writes, 0), self.writes.active)
 
     def plain(self):
-        return nn.BatchNorm2d(self.writes.active, self.eps)
+        return nn.BatchNorm2d(self.writes.active, self.eps, self.theirs, self.affine, self.track_running_stats)
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` from a group to `out_features` outputs, which are never slimmed."""
+    """`nn.Linear` from a group to another, or to a number of outputs, which are never slimmed."""
 
-    def __init__(self, reads, out_features):
-        super().__init__(reads.max, out_features)
-        self.reads, self.writes = reads, WidthGroup(out_features, fixed=True)
+    def __init__(self, reads, writes, bias=True):
+        writes = WidthGroup(writes, fixed=True) if isinstance(writes, int) else writes
+        super().__init__(reads.max, writes.max, bias)
+        self.reads, self.writes = reads, writes
 
     def forward(self, x):
-        weight = input_channels(self.weight, self.reads)
-        return F.linear(x, first_channels(weight, self.out_features, self.reads.active), self.bias)
+        i, o = self.reads.active, self.writes.active
+        weight = first_channels(used_channels(self.weight, self.reads, 1), o, i)
+        return F.linear(x, weight, None if self.bias is None else first_channels(self.bias, o))
 
     def plain(self):
-        return nn.Linear(self.reads.active, self.out_features)
+        return nn.Linear(self.reads.active, self.writes.active, self.bias is not None)
 
 
 def subsample(x: Tensor, stride: int, more: int) -> Tensor:
@@ -195,7 +245,8 @@ class Slimmable(nn.Sequential):
     """A network whose layers read and write width groups.
 
     Args:
-        layers: named children, run one after another.
+        layers: named children, run one after another; or one module, whose children and parameters become this
+            network's own, by the same names, and whose forward pass it runs.
         image: (channels, height, width) of one input, for the costs.
         divisor: channel counts are multiples of it, but for the full network's; of 8, they run faster on most processors.
 
@@ -203,6 +254,7 @@ class Slimmable(nn.Sequential):
         groups: the width groups that are slimmed, in the order of `named_modules()`; a[i] sets `groups[i]`.
         names: for each group, the first layer that writes it.
         num_widths: d, the length of a configuration.
+        kept: of a network that `slimmable` made: the layers that keep their width, and why.
         front: of a network that `load` returned, {"flops": (k,), ..., "top1": (k,), "widths": (k, d)}, by rising cost.
         statistics: of one, too: BatchNorm's for each row of the front (k, s), as `get_statistics` has them.
         data: of one, too: {"classes": names, "mean": ..., "std": ...} of the images.
@@ -210,11 +262,14 @@ class Slimmable(nn.Sequential):
     Raises ValueError, with the layer's name, where costs cannot be told from the layers: see `_require_wiring`.
     """
 
-    front = statistics = data = latency_table = None
+    front = statistics = data = latency_table = kept = whole = None
 
-    def __init__(self, layers: "OrderedDict[str, nn.Module]", image: tuple[int, int, int], divisor: int = 1):
-        super().__init__(layers)
+    def __init__(self, layers: "OrderedDict[str, nn.Module] | nn.Module", image: tuple[int, int, int], divisor: int = 1):
+        super().__init__(OrderedDict() if isinstance(layers, nn.Module) else layers)
         self.image, self.divisor = image, divisor
+        if isinstance(layers, nn.Module):
+            shared = "_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"  # one set of them, two that hold it
+            vars(self).update({name: vars(layers)[name] for name in shared}, whole=layers, training=layers.training)
         names = {}
         for name, m in self.named_modules():
             if isinstance(m, LAYERS) and not m.writes.fixed:
@@ -222,15 +277,30 @@ class Slimmable(nn.Sequential):
         self.groups, self.names = list(names), list(names.values())
         self.num_widths = len(self.groups)
         self._max = torch.tensor([g.max for g in self.groups], dtype=torch.float64)
+        self._step = torch.tensor([math.lcm(g.step, divisor) for g in self.groups], dtype=torch.float64)
         trace = _Trace(self, image)
-        _require_wiring(self, image, trace)
         self._flops, self._params, self._terms = _weight_tables(self, trace)
+        _require_wiring(self, image, trace)
         self._live = _activation_table(self, trace)
+
+    def forward(self, x):
+        if self.whole is None:
+            return super().forward(x)
+        self.whole.training = self.training
+        return self.whole(x)
+
+    def train(self, mode: bool = True):
+        if self.whole is None:
+            return super().train(mode)
+        self.training = mode
+        self.whole.train(mode)  # which may know better: of BatchNorm that is never to train, say
+        return self
 
     def set_widths(self, a: Tensor | float) -> None:
         """Run at configuration `a` (d,) in (0, 1]^d from now on; a float sets every group alike.
 
         Group i keeps its first divisor * round(a_i * max_i / divisor) channels, at least `divisor`; all of them at a_i = 1.
+        (Where a grouped convolution needs a multiple of its parts' channels, of that and of `divisor`.)
         Raises ValueError for a wrong length or a value outside (0, 1].
         """
         channels = self.channels(a)
@@ -252,11 +322,11 @@ class Slimmable(nn.Sequential):
         c = a * self._max.to(a.device)
         if relaxed:
             return c
-        most, n = self._max.to(a.device), self.divisor
+        most, n = self._max.to(a.device), self._step.to(a.device)
         return torch.where(a == 1, most, (c / n).round().clamp(min=1).mul(n).minimum(most))
 
     def flops(self, a: Tensor | float, relaxed: bool = False) -> Tensor:
-        """Multiply-accumulates of convolutions and linear layers for one image: a (..., d) -> (...,).
+        """Multiply-accumulates of convolutions and matrix products for one image: a (..., d) -> (...,).
 
         float64. `relaxed` skips the rounding of channel counts, which makes it differentiable in a.
         """
@@ -310,24 +380,30 @@ class Slimmable(nn.Sequential):
         c = _with_one(self.channels(a, relaxed))
         return ((c @ form.to(c.device)) * c).sum(-1)
 
-    def extract(self, a: Tensor | float | None = None) -> nn.Sequential:
-        """A plain network (nn.Conv2d, nn.BatchNorm2d, nn.Linear) with copies of the weights used at `a`.
+    def extract(self, a: Tensor | float | None = None) -> nn.Module:
+        """A plain network (nn.Conv2d, nn.BatchNorm2d, nn.Linear) with copies of the weights used at `a`: nn.Sequential, or
+        of the class that `slimmable` was given; the names of its weights are the same.
 
         None means the widths now set, which this call leaves as they were. The memory format is kept.
         Running statistics come along; they fit only the configuration that BatchNorm was last calibrated for.
         """
-        before = [g.active for g in self.groups]
+        before, mode = [g.active for g in self.groups], self.training
         try:
             if a is not None:
                 self.set_widths(a)
             plain = {id(m): _plain(m) for m in self.modules() if isinstance(m, LAYERS)}
             # deepcopy takes a module that its memo knows from there: every layer becomes its plain twin. (Here, since
             # a module of your own may hold a group, and is copied with the width it has now.)
-            children = [(name, copy.deepcopy(m, plain)) for name, m in self.named_children()]
+            if self.whole is None:
+                return nn.Sequential(OrderedDict((k, copy.deepcopy(m, plain)) for k, m in self.named_children())).train(mode)
+            net = copy.deepcopy(self.whole, plain)
+            for m in net.modules():
+                if isinstance(m, _BatchNorm):
+                    m.momentum = vars(m).pop("theirs", m.momentum)
+            return net
         finally:
             for g, n in zip(self.groups, before):
                 g.active = n
-        return nn.Sequential(OrderedDict(children)).train(self.training)
 
     def use(self, **budget: float) -> dict[str, float]:
         """Runs from now on at the front's best configuration within a budget, in eval mode: use(flops=0.5).
@@ -354,17 +430,263 @@ class Slimmable(nn.Sequential):
         return {k: v[best].item() for k, v in self.front.items() if k != "widths"}
 
 
+def _mixes(layer):
+    """Whether each of the layer's outputs is a sum over the channels it reads."""
+    return isinstance(layer, (Conv2d, Linear)) and getattr(layer, "groups", 1) == 1
+
+
 def _plain(layer):
     plain, state = layer.plain(), layer.state_dict()
-    if layer.reads is not layer.writes and "weight" in state:
-        state["weight"] = input_channels(state["weight"], layer.reads)
-    cut = {k: state[k][tuple(map(slice, v.shape))] for k, v in plain.state_dict().items()}
-    for p in layer.parameters():
-        plain.to(p.device, p.dtype).requires_grad_(p.requires_grad)
-    plain.load_state_dict(cut)
+    own = {k: v for k, v in vars(layer).items() if k not in vars(plain) and k not in ("reads", "writes", "theirs")}
+    vars(plain).update(copy.deepcopy(own), training=layer.training)  # `own`: what a forward pass may look for
+    for name, t in state.items():
+        if t.ndim:
+            t = used_channels(t, layer.writes, 0)
+            state[name] = used_channels(t, layer.reads, 1) if t.ndim > 1 and _mixes(layer) else t
+            plain.to(t.device, t.dtype if t.is_floating_point() else None)
+    plain.load_state_dict({k: state[k][tuple(map(slice, v.shape))] for k, v in plain.state_dict().items()})
+    for name, p in layer.named_parameters():
+        plain.get_parameter(name).requires_grad_(p.requires_grad)
     if any(p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last) for p in layer.parameters()):
         plain.to(memory_format=torch.channels_last)
     return plain
+
+
+# ------------------------------------------------------------------------------ how groups are found
+
+
+def slimmable(net: nn.Module, image: tuple[int, int, int], divisor: int = 1, fixed: tuple[str, ...] = ()) -> Slimmable:
+    """A slimmable copy of an ordinary network, which at full width computes what `net` does.
+
+    The copy's convolutions, BatchNorms and Linears are replaced by this file's, which keep the weights and read and write
+    the groups that `_Watch` found. What it cannot slim keeps its width: the result's `kept` says for each such layer why.
+
+    Args:
+        image: (channels, height, width) of one input.
+        fixed: names of modules whose outputs are to keep their channels.
+    Raises ValueError, with a layer's name, for a network that does not run on the meta device (since it looks at values,
+    say), that calls a BatchNorm twice, or that does not run at other widths (since a number of channels is written into
+    its forward pass): then name that layer in `fixed`.
+    """
+    net = copy.deepcopy(net)
+    unknown = {*fixed} - {name for name, _ in net.named_modules()}
+    if unknown:
+        raise ValueError(f"fixed: the network has no module {sorted(unknown)[0]!r}")
+    watch = _Watch(net, image, fixed)
+    for m, (reads, writes) in watch.layers.items():
+        if isinstance(m, nn.BatchNorm2d) or not all(g.fixed for c in (reads, writes) for g in parts_of(c)):
+            m.__class__ = watch.TWINS[type(m)]  # its weights and all its settings stay
+            m.reads, m.writes = reads, writes
+    for m in net.modules():
+        if isinstance(m, _BatchNorm):
+            m.theirs, m.momentum = m.momentum, 0.0
+    out = Slimmable(net, image, divisor)
+    out.kept = watch.kept
+    return out
+
+
+class _Watch(TorchDispatchMode):
+    """Which groups do an ordinary network's layers read and write? Seen in a forward pass on the meta device.
+
+    A convolution writes a new group. Tensors carry it on: through BatchNorm, activation functions, pooling. Where two
+    tensors are added or multiplied, each channel of one meets the same channel of the other: one of their groups becomes
+    the other. What reads concatenated tensors reads a `Concatenation`.
+
+        x = conv1(image)                          a new group, a
+        y = conv3(relu(bn2(conv2(x))))            conv2 reads a and writes b; bn2 reads and writes b; conv3 b, c
+        z = x + y                                 c becomes a: conv3 writes a
+        conv4(torch.cat([z, conv2(z)], 1))        conv4 reads (a, b), and writes d
+
+    Any other operation fixes what it reads, with the reason: a softmax, a shuffle, a scale of each channel's own. So do
+    the network's outputs. A second pass sees what happens in training alone.
+
+    layers: of each layer what it reads and writes.
+    kept: of each layer that keeps its width, by its name, the reason.
+    """
+
+    TWINS = {nn.Conv2d: Conv2d, nn.BatchNorm2d: BatchNorm2d, nn.Linear: Linear}
+    # From value to value, as are those that torch tags so; or of values that do not count.
+    POINTWISE = {"hardswish", "hardswish_", "mish_", "_prelu_kernel", "expand", "copy_", "detach", "alias", "_to_copy",
+                 "native_dropout", "bernoulli_", "fill_", "zero_", "empty_like", "zeros_like", "ones_like", "full_like",
+                 "rand_like", "randn_like", "masked_fill", "masked_fill_", "where"}  # fmt: skip
+    SPATIAL = {"max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d", "reflection_pad2d",
+               "replication_pad2d", "upsample_nearest2d", "_upsample_nearest_exact2d", "upsample_bilinear2d",
+               "upsample_bicubic2d", "new_empty"}  # fmt: skip
+    ALONG = {"slice", "select", "squeeze", "unsqueeze"}  # the dimensions that are their second argument
+    REDUCE = {"mean", "sum", "amax", "amin", "max", "min"}
+    VIEW = {"view", "_unsafe_view", "_reshape_alias"}
+
+    def __init__(self, net, image, fixed):
+        super().__init__()
+        self.named, self.layers, self.became, self.carried, self.alive, self.bare = fixed, {}, {}, {}, [], {}
+        owners = Counter(_storage(t) for m in net.modules() for t in _own(m))
+        self.usual = {m for m in net.modules() if self.is_usual(m) and all(owners[_storage(t)] == 1 for t in _own(m))}
+        self.called, self.modules = set(), dict(net.named_modules())
+        for self.training in (False, True):
+            self.inside, self.stack, self.name = None, [], "the image"
+            try:  # two images: BatchNorm in training needs them, and no dimension is a batch's of one
+                out = _run_on_meta(net, self, torch.empty(2, *image, device="meta"), self.training)
+            except ValueError:
+                if not self.training:
+                    raise
+                break  # it takes labels then, say: what was seen in eval() must do
+            for t in tree_leaves(out):
+                if isinstance(t, Tensor):
+                    self.fix("is an output of the network", t)
+                elif not isinstance(t, (int, float, str, type(None))):
+                    self.fix(f"may be in the network's output, a {type(t).__name__}", *self.alive)
+        for m, why in self.bare.items():
+            self.fix(why, *self.layers.get(m, ()))
+        for c in [c for pair in self.layers.values() for c in pair]:
+            for g in self.now(c).parts:
+                g.fixed = g.fixed or g.step == g.max and "has channels that come and go together only"
+        once = {}  # what has the same parts is to be the same
+        for m, pair in self.layers.items():
+            pair = [once.setdefault((c.parts, c.each), c) for c in map(self.now, pair)]
+            self.layers[m] = tuple(c.parts[0] if len(c.parts) == c.each == 1 else c for c in pair)
+        self.kept = dict(self.keeping())
+
+    def keeping(self):
+        for name, m in self.modules.items():
+            reasons = [g.fixed for g in parts_of(self.layers[m][1])] if m in self.layers else [self.bare.get(m)]
+            if m in self.layers and (isinstance(m, nn.BatchNorm2d) or not all(reasons)):
+                continue
+            if isinstance(m, (_ConvNd, nn.Linear)) or any(p.numel() > 1 for p in m.parameters(recurse=False)):
+                yield name, reasons[0] or (f"is a {type(m).__name__}, or has hooks, or shares its weights"
+                                           if m in self.called else "is not called")  # fmt: skip
+
+    def is_usual(self, m):
+        """Whether the layer is torch's own and nothing hangs on it: no subclass, no hook, no forward pass of its own."""
+        hung = [k for k, v in vars(m).items() if k.endswith("_hooks") and v or k == "forward"]
+        return type(m) in self.TWINS and not hung and not m._modules and m._parameters.keys() <= {"weight", "bias"}
+
+    def now(self, c):
+        """The Concatenation with, for each part, the group that it has become."""
+        parts = []
+        for g in c.parts:
+            while g in self.became:
+                g = self.became[g]
+            parts.append(g)
+        return Concatenation(*parts, each=c.each)
+
+    def carry(self, t, c):
+        self.carried[id(t)] = c
+        self.alive.append(t)  # so that no id comes twice
+
+    def channels(self, t):
+        """What the tensor carries, now; a fixed group, where no layer wrote it."""
+        c = self.carried.get(id(t))
+        if c and c.max == t.shape[1]:
+            return self.now(c)
+        self.fix("changes its shape", t)
+        return Concatenation(WidthGroup(t.shape[1], "meets what no layer wrote"))
+
+    def fix(self, why, *those):
+        """Of tensors or of Concatenations, the groups."""
+        for c in [c if isinstance(c, Concatenation) else self.carried.get(id(c)) for c in those]:
+            for g in self.now(c).parts if c else ():
+                g.fixed = g.fixed or why
+
+    def unite(self, a, b, why):
+        """Each channel of a meets the same one of b: their groups become one, and fixed ones where they do not pair."""
+        if [g.max for g in a.parts] != [g.max for g in b.parts] or a.each != b.each:
+            return self.fix(f"{why}, beside other groups", a, b)
+        for i in range(len(a.parts)):
+            one, two = self.now(a).parts[i], self.now(b).parts[i]
+            if one is not two:
+                self.became[two] = one
+                one.fixed, one.step = one.fixed or two.fixed, math.lcm(one.step, two.step)
+
+    def enter(self, name, m, args, kwargs):
+        self.name = name
+        self.stack.append(name)
+        self.called.add(m)
+        if m in self.usual:
+            self.inside = m  # its operations are not looked at
+
+    def leave(self, name, m, args, kwargs, out):
+        self.stack.pop()
+        if self.inside is m:
+            self.inside = None
+            if out is not None:  # it is, after an error
+                self.layer(name, m, (*args, *kwargs.values())[0], out)
+        if name in self.named:
+            self.fix("is named in `fixed`", *tree_leaves(out))
+
+    def layer(self, name, m, x, out):
+        """A layer has made `out` of x."""
+        known, why = self.layers.get(m), None
+        if self.training and not known:
+            why = "is called in training alone"
+        elif out.ndim != (2 if isinstance(m, nn.Linear) else 4):
+            why = f"is called with {x.ndim} dimensions"
+        else:
+            reads = writes = self.channels(x)
+            if getattr(m, "groups", 1) > 1:
+                if m.in_channels != m.out_channels or not in_steps(reads, m.in_channels // m.groups):
+                    why = "is a grouped convolution whose parts fall apart"
+            elif not isinstance(m, nn.BatchNorm2d):
+                writes = known[1] if known else Concatenation(WidthGroup(out.shape[1]))
+        if why:
+            self.bare[m] = why
+            return self.fix(f"goes into {name}, which {why}", x)
+        if known:
+            self.unite(known[0], reads, f"goes into {name} again")
+        self.layers[m] = reads, writes
+        self.carry(out, writes)
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        args, kwargs, read = _on_meta(args, kwargs or {})
+        out = op(*args, **kwargs)
+        if self.inside:
+            return out
+        name, made = op._schema.name.removeprefix("aten::"), [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        where = f"{name} in {self.stack[-1] or 'the network'}" if self.stack else name
+        for t in read:
+            owner = self.modules.get(self.weights.get(_storage(t)))
+            if owner in self.usual:
+                self.bare[owner] = f"has weights that go into {where}, too"
+        carried = [t for t in read if id(t) in self.carried]
+        if carried:
+            c = self.follow(op, name, args, read, carried, made, where)
+            if c is None:
+                self.fix(f"goes into {where}", *carried)
+            elif c:
+                for t in made:
+                    self.carry(t, c)
+        return out
+
+    def follow(self, op, name, args, read, carried, made, where):
+        """What all tensors that an operation made carry: a Concatenation, or () for nothing. None: not known."""
+        x, y = carried[0], (made or [None])[0]
+        if y is None or x.ndim < 2 or any(not self.carried[id(t)].each for t in carried):
+            return None
+        c, dims = self.channels(x), args[1] if len(args) > 1 else []
+        if name == "cat" and dims in (1, 1 - y.ndim):
+            parts = [self.channels(t) for t in read if t.numel()]
+            return Concatenation(*parts, each=c.each) if {part.each for part in parts} == {c.each} else None
+        if torch.Tag.pointwise in op.tags or name in self.POINTWISE or name == "cat":
+            meet = [t for t in read if t.ndim >= y.ndim - 1 and t.shape[t.ndim - y.ndim + 1] == y.shape[1]]  # not broadcast
+            if any(t.ndim != y.ndim for t in carried) or not meet:
+                return None
+            c, *others = [self.channels(t.expand(y.shape) if t.ndim < y.ndim else t) for t in meet]
+            for other in others:
+                self.unite(c, other, f"goes into {where}")
+            return c
+        if name in self.VIEW:  # of a channel's values, which lie side by side, some more or fewer become entries
+            entries = c.each * y.shape[1] if y.ndim > 1 and len(y) == len(x) else 1
+            return Concatenation(*c.parts, each=entries // x.shape[1]) if entries % x.shape[1] == 0 else None
+        if name == "constant_pad_nd":
+            known = not any(dims[2 * (x.ndim - 2) :])
+        else:
+            ndim = x.ndim + (name == "unsqueeze")
+            dims = [d % ndim for d in ([dims] if isinstance(dims, int) else dims or range(ndim) if name in self.REDUCE else [])]
+            known = name in self.SPATIAL and x.ndim == 4 or name in {*self.ALONG, *self.REDUCE} and min(dims, default=0) > 1
+            if name in self.REDUCE and 1 in dims:  # of all channels something: of no group's width
+                for t in made[1:]:
+                    self.carry(t, Concatenation(*c.parts, each=0))  # where, among the channels: nothing may follow
+                return ()
+        return c if (known or name == "slice" and y.shape == x.shape) and y.shape[:2] == x.shape[:2] else None
 
 
 # ------------------------------------------------------------------------------ the architectures
@@ -571,32 +893,41 @@ def sort_channels(net: Slimmable) -> None:
     The full network's outputs stay the same.
 
     Readers' input channels, and writers' output channels with BatchNorm's vectors, get the same permutation. Call it before
-    training. A channel's importance is the sum of the absolute weights that read it. Groups that a parameter-free shortcut
-    joins stay as they are: their channels must go on meeting.
+    training. A channel's importance is the sum of the absolute weights that read it; where channels come and go by a
+    grouped convolution's parts, so do they here. Groups that a parameter-free shortcut joins stay as they are: their
+    channels must go on meeting.
     """
     layers = [m for m in net.modules() if isinstance(m, LAYERS)]
     joined = {g for m in layers if isinstance(m, Shortcut) for g in (m.reads, m.writes)}
     for group in net.groups:
-        readers = [(m, start) for m in layers for start in _starts(m, group)]
+        readers = [m for m in layers if _mixes(m) and group in parts_of(m.reads)]
         if group in joined or not readers:
             continue
-        parts = [m.weight.detach()[:, start : start + group.max] for m, start in readers]  # (out, group's channels, ...)
-        order = sum(part.abs().transpose(0, 1).flatten(1).sum(1) for part in parts).argsort(descending=True)
+        read = [(m.reads, m.weight.detach().abs().transpose(0, 1).flatten(1).sum(1)) for m in readers]
+        weight = sum(part.sum(1) for channels, t in read for part in _entries(t, channels, group))
+        order = weight.view(-1, group.step).sum(1).argsort(descending=True)
+        order = torch.arange(group.max, device=order.device).view(-1, group.step)[order].flatten()
         with torch.no_grad():
-            for m, start in readers:
-                m.weight[:, start : start + group.max] = m.weight[:, start : start + group.max][:, order]
+            for m in readers:
+                m.weight.copy_(m.weight[:, _sorted(m.reads, group, order)])
             for m in layers:
-                for t in m.state_dict().values() if m.writes is group else ():
+                for t in m.state_dict().values() if group in parts_of(m.writes) else ():
                     if t.ndim:
-                        t.copy_(t[order])
+                        t.copy_(t[_sorted(m.writes, group, order)])
 
 
-def _starts(layer, group):
-    """Where in the layer's input channels those of the group begin; not for what writes the group that it reads."""
-    if isinstance(layer, (BatchNorm2d, Shortcut)) or getattr(layer, "depthwise", False):
-        return []
-    parts = layer.reads.parts if isinstance(layer.reads, Concatenation) else [layer.reads]
-    return [sum(g.max for g in parts[:k]) for k, part in enumerate(parts) if part is group]
+def _entries(t, channels, group):
+    """Views (group.max, each) of those of t (channels.max,) that are the group's: none, or several in a concatenation."""
+    each, parts = getattr(channels, "each", 1), parts_of(channels)
+    return [one.view(-1, each) for one, g in zip(t.split([g.max * each for g in parts]), parts) if g is group]
+
+
+def _sorted(channels, group, order):
+    """The index (channels.max,) that puts the group's channels into the order, and leaves the others where they are."""
+    index = torch.arange(channels.max, device=order.device)
+    for entries in _entries(index, channels, group):
+        entries.copy_(entries[order])
+    return index
 
 
 # ------------------------------------------------------------------------------ latency
@@ -656,6 +987,45 @@ def _with_one(c):
     return F.pad(c, (0, 1), value=1.0)
 
 
+def _own(m):
+    return [t for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+
+
+def _storage(t):
+    return t.untyped_storage()._cdata
+
+
+def _on_meta(args, kwargs):
+    """An operation's arguments, all on the meta device if one of them is; their tensors."""
+    read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    if len({t.is_meta for t in read}) > 1:
+        args, kwargs = tree_map(lambda t: t.to("meta") if isinstance(t, Tensor) else t, (args, kwargs))
+        read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    return args, kwargs, read
+
+
+def _run_on_meta(net, mode, x, training=False):
+    """The network's outputs on the meta device, where no arithmetic is done, seen by the mode, whose `enter` and `leave` see
+    every module's call. `mode.weights`: of each weight's storage the module that it belongs to."""
+    state = {k: v.to("meta") for k, v in (*net.named_parameters(), *net.named_buffers())}
+    mode.weights = {_storage(t): k.rpartition(".")[0] for k, t in state.items()}
+    modules, hooks = [(m, m.training) for m in net.modules()], []
+    try:
+        for name, m in net.named_modules():
+            m.training = training
+            hooks.append(m.register_forward_pre_hook(functools.partial(mode.enter, name), with_kwargs=True))
+            hooks.append(m.register_forward_hook(functools.partial(mode.leave, name), with_kwargs=True, always_call=True))
+        with torch.no_grad(), mode:
+            return torch.func.functional_call(net, state, x)
+    except Exception as e:  # a network of the reader's own may raise anything
+        raise ValueError(f"after {mode.name}: {e}") from e
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for m, was in modules:
+            m.training = was
+
+
 class _Trace(TorchDispatchMode):
     """One image's way through the network at the widths now set, on the meta device, where no arithmetic is done.
 
@@ -676,74 +1046,77 @@ class _Trace(TorchDispatchMode):
 
     def __init__(self, net, image):
         super().__init__()
-        state = {k: v.to("meta") for k, v in (*net.named_parameters(), *net.named_buffers())}
-        self.weights = {self.storage(w) for w in state.values()}
-        self.calls, self.seen, self.lives, self.operations, self.name = [], [], {}, 0, "the image"
-        x, training, hooks = torch.empty(1, *image, device="meta"), net.training, []
+        self.calls, self.seen, self.lives, self.operations, self.name, self.macs = [], [], {}, 0, "the image", 0
+        self.times, self.net = Counter(), net
+        x = torch.empty(1, *image, device="meta")
         self.meet(x, WidthGroup(image[0], fixed=True))
-        for name, layer in net.named_modules():
-            if isinstance(layer, LAYERS):
-                hooks.append(layer.register_forward_pre_hook(functools.partial(self.enter, name)))
-                hooks.append(layer.register_forward_hook(functools.partial(self.leave, name)))
-        try:
-            with torch.no_grad(), self:
-                torch.func.functional_call(net.eval(), state, x)
-        except (RuntimeError, TypeError) as e:
-            raise ValueError(f"after {self.name}: {e}") from e
-        finally:
-            net.train(training)
-            for hook in hooks:
-                hook.remove()
+        _run_on_meta(net, self, x)
         self.lives = list(self.lives.values())
 
-    def enter(self, name, layer, inputs):
-        shape, linear = inputs[0].shape, isinstance(layer, Linear)
-        if len(shape) != (2 if linear else 4) or shape[1] != layer.reads.active:
-            raise ValueError(f"{name}: reads a group of which {layer.reads.active} channels are in use, "
-                             f"got an input of shape {tuple(shape)}")  # fmt: skip
-        carried = self.lives[self.storage(inputs[0])][0]
-        if isinstance(carried, Concatenation) and carried.parts != getattr(layer.reads, "parts", ()):
-            raise ValueError(f"{name}: reads something else than the Concatenation of groups that it gets")
+    def enter(self, name, layer, args, kwargs):
+        self.times[layer] += 1
+        if not isinstance(layer, LAYERS):
+            return
+        x, reads = (*args, *kwargs.values())[0], layer.reads
+        axis = x.ndim - 1 if isinstance(layer, Linear) else 1
+        if not isinstance(layer, Linear) and x.ndim != 4 or x.shape[axis:axis + 1] != (reads.active,):
+            raise ValueError(f"{name}: reads a group of which {reads.active} channels are in use, "
+                             f"got an input of shape {tuple(x.shape)}")  # fmt: skip
+        carried = self.lives[_storage(x)][0]
+        if isinstance(carried, Concatenation) and carried.active == carried.max:  # at other widths it is a guess
+            (n, places), (m, expected) = _places(carried), _places(reads)
+            if n == m and places != expected:
+                raise ValueError(f"{name}: reads something else than the Concatenation of groups that it gets")
         self.name = name
 
-    def leave(self, name, layer, inputs, out):
-        self.calls.append((name, layer, out[0, 0].numel(), inputs[0][0, 0].numel()))
-        self.lives[self.storage(out)][0] = layer.writes
-
-    def storage(self, t):
-        return t.untyped_storage()._cdata
+    def leave(self, name, layer, args, kwargs, out):
+        if isinstance(layer, LAYERS) and out is not None:
+            x = (*args, *kwargs.values())[0]
+            self.calls.append((name, layer, out.numel() // layer.writes.active, x.numel() // layer.reads.active))
+            self.lives[_storage(out)][0] = layer.writes
 
     def meet(self, t, group):
-        life = self.lives.setdefault(self.storage(t), [group, t.numel(), self.operations, self.operations, self.name])
+        life = self.lives.setdefault(_storage(t), [group, t.numel(), self.operations, self.operations, self.name])
         life[3] = self.operations
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        if op._schema.name.endswith("_") and not any(isinstance(t, Tensor) for t in args[1:]):
+        args, kwargs, read = _on_meta(args, kwargs or {})
+        if op._schema.name.endswith("_") and len(read) == 1 and torch.Tag.pointwise in op.tags:
             out = args[0]  # an activation function in place: on the meta device there is nothing to do, but slowly
         else:
-            out = op(*args, **(kwargs or {}))
-        read, made = ([t for t in tree_flatten(part)[0] if isinstance(t, Tensor)] for part in ((args, kwargs), out))
-        if read and all(self.storage(t) in self.weights for t in read):
-            self.weights |= {self.storage(t) for t in made}  # a cut weight is one
+            out = op(*args, **kwargs)
+        if op._overloadpacket in flop_registry:
+            self.macs += flop_registry[op._overloadpacket](*args, **kwargs, out_val=out) // 2
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        if read and all(_storage(t) in self.weights for t in read):
+            self.weights |= {_storage(t): "" for t in made}  # a cut weight is one
         # Statistics are vectors and pooling's indices integers: neither is an activation.
-        activations = [
-            t for t in read + made if t.ndim > 1 and t.is_floating_point() and self.storage(t) not in self.weights
-        ]
-        carried = [self.lives.get(self.storage(t), [None])[0] for t in activations if t not in set(made)]
-        joins = op is torch.ops.aten.cat.default and None not in carried and (args[1:] or (0,))[0] == 1
+        activations = [t for t in read + made if t.ndim > 1 and t.is_floating_point() and _storage(t) not in self.weights]
+        carried = [(self.lives.get(_storage(t), [None])[0], t.shape[1]) for t in activations if t not in set(made)]
+        if op is torch.ops.aten.cat.default and (args[1:] or (0,))[0] == 1:  # what carries no group's width has a constant one
+            carries = Concatenation(*(g if g and g.active == n else WidthGroup(n, fixed=True) for g, n in carried))
+        else:
+            carries = carried[0][0] if carried else None
         for t in activations:  # an output has its input's channels (a pooling's, say), unless a layer knows better
-            self.meet(t, Concatenation(*carried) if joins else carried[0] if carried else None)
+            self.meet(t, carries)
         self.seen += read + made  # kept alive, so that no storage's address comes twice
         self.operations += 1
         return out
 
 
+def _places(channels):
+    """How many channels there are, without what each is made of; and where among them those of slimmed groups begin."""
+    parts = parts_of(channels)
+    starts = itertools.accumulate((g.max for g in parts), initial=0)
+    return sum(g.max for g in parts), [(start, g) for start, g in zip(starts, parts) if not g.fixed]
+
+
 def _count(net, group):
     """The group's channels as a vector v: v' (c, 1). Fixed ones are a multiple of the 1, a concatenation its parts' sum."""
     v = torch.zeros(net.num_widths + 1, dtype=torch.float64)
-    for g in group.parts if isinstance(group, Concatenation) else [group]:
+    for g in parts_of(group) if group else [None]:
         place, factor = (net.groups.index(g), 1) if g in net.groups else (net.num_widths, g.max if g else 1)
-        v[place] += factor
+        v[place] += factor * getattr(group, "each", 1)
     return v
 
 
@@ -762,12 +1135,13 @@ def _weight_tables(net, trace):
     flops, params = (torch.zeros(2 * [net.num_widths + 1], dtype=torch.float64) for _ in range(2))
     known, terms = set(), {"constant": torch.outer(one, one)}
     for _, layer, pixels, pixels_read in trace.calls:
-        depthwise = getattr(layer, "depthwise", False)
         read, written = _count(net, layer.reads), _count(net, layer.writes)
-        kind = type(layer), getattr(layer, "kernel_size", 1), getattr(layer, "stride", 1), depthwise, pixels
+        kind = type(layer), getattr(layer, "kernel_size", 1), getattr(layer, "stride", 1), _mixes(layer), pixels
         for p in layer.parameters(recurse=False):
-            matrix = p.ndim > 1  # a vector's size, like a depthwise kernel's, goes with one group only
-            size = torch.outer(read if matrix and not depthwise else one, written) * (p[0, 0].numel() if matrix else 1)
+            matrix = p.ndim > 1  # a vector's size, like a grouped convolution's kernels', goes with one group only
+            size = torch.outer(read if matrix and _mixes(layer) else one, written)
+            if matrix:
+                size *= p[0, 0].numel() if _mixes(layer) else p[0].numel()
             if layer not in known:
                 params += size
             if matrix:
@@ -776,6 +1150,10 @@ def _weight_tables(net, trace):
                                     ("writes", torch.outer(one, written) * pixels)):  # fmt: skip
                     terms[what, kind] = terms.get((what, kind), 0) + value
         known.add(layer)
+    full = _with_one(net._max)
+    others = {p for m in net.modules() if not isinstance(m, LAYERS) for p in m.parameters(recurse=False)}
+    params[-1, -1] += sum(p.numel() for p in others)  # of no group: constants, as are
+    flops[-1, -1] += trace.macs - full @ flops @ full  # the products that no layer of ours makes
     return flops, params, torch.stack(list(terms.values()))
 
 
@@ -792,37 +1170,54 @@ def _activation_table(net, trace):
 def _require_wiring(net, image, full):
     """Raises ValueError, naming the layer, unless the costs, found at full width, hold at other widths.
 
-    Two configurations are tried in which groups differ: what only fits at full width (two tensors concatenated and
-    read as one group, two groups added) fits at neither.
+    Configurations are tried in which groups differ: what only fits at full width (two tensors concatenated and read as
+    one group, two groups added) fits at none of them.
     """
-    called = [layer for _, layer, *_ in full.calls]
     for name, m in net.named_modules():
-        if not isinstance(m, LAYERS):
-            p = next((p for p, _ in m.named_parameters(recurse=False)), None)
-            if p:
-                raise ValueError(f"{name}.{p}: a parameter of {type(m).__name__}, which neither widths nor costs know of; "
-                                 f"use {', '.join(layer.__name__ for layer in LAYERS[:3])} of this file")  # fmt: skip
-        elif called.count(m) != 1 and (m not in called or isinstance(m, BatchNorm2d)):
-            raise ValueError(f"{name}: called {called.count(m)} times; a BatchNorm2d's statistics belong to one place, "
+        n = full.times[m]
+        if isinstance(m, LAYERS) and not n or isinstance(m, _BatchNorm) and n > 1 and m.running_mean is not None:
+            raise ValueError(f"{name}: called {n} times; a BatchNorm's statistics belong to one place, "
                              "and the costs of what is not called are unknown")  # fmt: skip
-    along = torch.linspace(0, 1, net.num_widths)
-    mixed = (0.99 - 0.618 * torch.arange(net.num_widths)) % 1  # the golden ratio: neighbours are far from each other
     # For each activation, the groups with which its size goes; None: with no group's.
     fits = [{None, life[0], *net.groups} for life in full.lives]
     try:
-        for share in (along, mixed):
-            for group, s in zip(net.groups, share.tolist()):
-                group.active = 1 + round(s * (group.max - 1))
-            lives = _Trace(net, image).lives
+        for counts in _configurations(net):
+            for group, n in zip(net.groups, counts.tolist()):
+                group.active = n
+            trace = _Trace(net, image)
+            lives, c = trace.lives, _with_one(counts.double())
             if len(lives) != len(full.lives):
                 raise ValueError("another number of activations at other widths: the network must do the same at all")
             for carries, (_, most, *_, name), (_, numel, *_) in zip(fits, full.lives, lives):
                 carries &= {g for g in carries if numel * (g.max if g else 1) == most * (g.active if g else 1)}
                 if not carries:
                     raise ValueError(f"after {name}: a tensor whose size goes with the width of no group")
+            if trace.macs != c @ net._flops @ c:
+                raise ValueError("FLOPs that go with the width of no group: a product that no layer of this file makes")
     finally:
         for group in net.groups:
             group.active = group.max
     for life, carries in zip(full.lives, fits):
         if life[0] not in carries:  # a map that is the mean over channels, say
             life[0] = next(g for g in (None, *net.groups) if g in carries)
+
+
+def _configurations(net):
+    """Random channel counts (d,): as many as it takes until every two groups have differed in their share of channels.
+
+    With more than one channel each, or both ways round: one alone would be broadcast, and seem to fit.
+    """
+    most, step = (torch.tensor([getattr(g, k) for g in net.groups], dtype=torch.int64) for k in ("max", "step"))
+    steps, g, tried = most // step, torch.Generator().manual_seed(0), 0
+    whole = steps == 1  # such a group has no other width
+    larger = torch.zeros(len(most), len(most), dtype=torch.bool)
+    told = whole[:, None] | whole | torch.eye(len(most), dtype=torch.bool)
+    narrow = whole.clone()
+    while len(most) and (tried < 2 or not (told.all() and narrow.all())):
+        counts = step * (1 + (torch.rand(len(most), generator=g) * steps).long())
+        ratio, several = counts / most, counts > 1
+        larger |= ratio[:, None] > ratio
+        told |= larger & larger.T | (ratio[:, None] != ratio) & several[:, None] & several
+        narrow |= counts < most
+        tried += 1
+        yield counts
