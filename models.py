@@ -35,10 +35,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.utils import _pair
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 # ------------------------------------------------------------------------------ slimmable layers
@@ -61,7 +60,7 @@ class WidthGroup:
 class Concatenation:
     """What a layer reads where tensors of several groups are concatenated, in this order, along the channels.
 
-    each: entries of a channel, where maps of so many pixels were flattened before a `Linear`.
+    each: values of a channel that are read as so many channels, where maps were flattened.
     """
 
     fixed = True  # its width is its parts'
@@ -73,23 +72,22 @@ class Concatenation:
     max = property(lambda self: self.each * sum(g.max for g in self.parts))
     active = property(lambda self: self.each * sum(g.active for g in self.parts))
 
+    def cut(self, t: Tensor, dim: int) -> list[Tensor]:
+        """Views of what is in use of each part, in a dimension where every part has room for its full width."""
+        parts = zip(t.split([self.each * g.max for g in self.parts], dim), self.parts)
+        return [part.narrow(dim, 0, self.each * g.active) for part, g in parts]
 
-def parts_of(channels: WidthGroup | Concatenation) -> "tuple[WidthGroup, ...]":
+
+def parts_of(channels: WidthGroup | Concatenation) -> tuple[WidthGroup, ...]:
     return getattr(channels, "parts", (channels,))
 
 
-def used_parts(t: Tensor, channels: WidthGroup | Concatenation, dim: int) -> list[Tensor]:
-    """Views of what is in use of each part, in the dimension of `t` where every part has room for its full width."""
-    each, parts = getattr(channels, "each", 1), parts_of(channels)
-    return [one.narrow(dim, 0, each * g.active) for one, g in zip(t.split([each * g.max for g in parts], dim), parts)]
-
-
-def used_channels(t: Tensor, channels: WidthGroup | Concatenation, dim: int) -> Tensor:
+def used_parts(t: Tensor, channels: WidthGroup | Concatenation, dim: int) -> Tensor:
     """(..., sum of max, ...) -> (..., sum of active, ...): of a concatenation's parts what is not used is left out, since in
-    the input they lie side by side. Of a group `t` itself, which `first_channels` cuts."""
+    the input they lie side by side. For a group, t itself: see `first_channels`."""
     if isinstance(channels, WidthGroup) or t.shape[dim] == channels.active:
         return t
-    return torch.cat(used_parts(t, channels, dim), dim)
+    return torch.cat(channels.cut(t, dim), dim)
 
 
 def first_channels(t: Tensor, *sizes: int) -> Tensor:
@@ -123,18 +121,18 @@ class Conv2d(nn.Conv2d):
             raise ValueError("depthwise, groups: such a convolution writes the group that it reads, by whole parts")
         self.reads, self.writes = reads, writes
 
-    def forward(self, x):
+    def forward(self, input):
         i, o = self.reads.active, self.writes.active
         weight, bias, padding, groups = self.weight, self.bias, self.padding, self.groups
         if groups > 1:
             groups = o * groups // self.out_channels
-            weight, bias = (t if t is None else used_channels(t, self.writes, 0) for t in (weight, bias))
+            weight, bias = (t if t is None else used_parts(t, self.writes, 0) for t in (weight, bias))
         else:
-            weight = used_channels(weight, self.reads, 1)
+            weight = used_parts(weight, self.reads, 1)
         if self.padding_mode != "zeros":
-            x, padding = F.pad(x, self._reversed_padding_repeated_twice, self.padding_mode), 0
+            input, padding = F.pad(input, self._reversed_padding_repeated_twice, self.padding_mode), 0
         bias = None if bias is None else first_channels(bias, o)
-        return F.conv2d(x, first_channels(weight, o, i // groups), bias, self.stride, padding, self.dilation, groups)
+        return F.conv2d(input, first_channels(weight, o, i // groups), bias, self.stride, padding, self.dilation, groups)
 
     def plain(self):
         i, o, how = self.reads.active, self.writes.active, (self.kernel_size, self.stride, self.padding, self.dilation)
@@ -166,20 +164,21 @@ class BatchNorm2d(nn.BatchNorm2d):
         super().__init__(group.max, momentum=0.0)
         self.reads = self.writes = group
 
-    def forward(self, x):
+    def forward(self, input):
         mean = var = None
         if self.momentum or not self.training:
             mean, var = self.used(self.running_mean), self.used(self.running_var)
         training = self.training or mean is None
-        x = F.batch_norm(x, mean, var, self.used(self.weight), self.used(self.bias), training, self.momentum, self.eps)
+        weight, bias = self.used(self.weight), self.used(self.bias)
+        out = F.batch_norm(input, mean, var, weight, bias, training, self.momentum, self.eps)
         if self.training and mean is not None and isinstance(self.writes, Concatenation):  # they may be copies
             for stat, new in ((self.running_mean, mean), (self.running_var, var)):
-                for part, value in zip(parts := used_parts(stat, self.writes, 0), new.split([len(p) for p in parts])):
+                for part, value in zip(parts := self.writes.cut(stat, 0), new.split([len(part) for part in parts])):
                     part.copy_(value)
-        return x
+        return out
 
     def used(self, t):
-        return None if t is None else first_channels(used_channels(t, self.writes, 0), self.writes.active)
+        return None if t is None else first_channels(used_parts(t, self.writes, 0), self.writes.active)
 
     def plain(self):
         return nn.BatchNorm2d(self.writes.active, self.eps, self.theirs, self.affine, self.track_running_stats)
@@ -193,10 +192,10 @@ class Linear(nn.Linear):
         super().__init__(reads.max, writes.max, bias)
         self.reads, self.writes = reads, writes
 
-    def forward(self, x):
+    def forward(self, input):
         i, o = self.reads.active, self.writes.active
-        weight = first_channels(used_channels(self.weight, self.reads, 1), o, i)
-        return F.linear(x, weight, None if self.bias is None else first_channels(self.bias, o))
+        weight = first_channels(used_parts(self.weight, self.reads, 1), o, i)
+        return F.linear(input, weight, None if self.bias is None else first_channels(self.bias, o))
 
     def plain(self):
         return nn.Linear(self.reads.active, self.writes.active, self.bias is not None)
@@ -266,18 +265,19 @@ class Slimmable(nn.Sequential):
 
     def __init__(self, layers: "OrderedDict[str, nn.Module] | nn.Module", image: tuple[int, int, int], divisor: int = 1):
         super().__init__(OrderedDict() if isinstance(layers, nn.Module) else layers)
+        whole = layers if isinstance(layers, nn.Module) else self
         self.image, self.divisor = image, divisor
-        if isinstance(layers, nn.Module):
-            shared = "_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"  # one set of them, two that hold it
-            vars(self).update({name: vars(layers)[name] for name in shared}, whole=layers, training=layers.training)
         names = {}
-        for name, m in self.named_modules():
+        for name, m in whole.named_modules():
             if isinstance(m, LAYERS) and not m.writes.fixed:
                 names.setdefault(m.writes, name)
         self.groups, self.names = list(names), list(names.values())
         self.num_widths = len(self.groups)
         self._max = torch.tensor([g.max for g in self.groups], dtype=torch.float64)
         self._step = torch.tensor([math.lcm(g.step, divisor) for g in self.groups], dtype=torch.float64)
+        if whole is not self:  # the same children and parameters hang on both
+            held = "training", "_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"
+            vars(self).update({k: vars(whole)[k] for k in held}, whole=whole)
         trace = _Trace(self, image)
         self._flops, self._params, self._terms = _weight_tables(self, trace)
         _require_wiring(self, image, trace)
@@ -396,7 +396,7 @@ class Slimmable(nn.Sequential):
             # a module of your own may hold a group, and is copied with the width it has now.)
             if self.whole is None:
                 return nn.Sequential(OrderedDict((k, copy.deepcopy(m, plain)) for k, m in self.named_children())).train(mode)
-            net = copy.deepcopy(self.whole, plain)
+            net = _copy(self.whole, plain)
             for m in net.modules():
                 if isinstance(m, _BatchNorm):
                     m.momentum = vars(m).pop("theirs", m.momentum)
@@ -431,8 +431,14 @@ class Slimmable(nn.Sequential):
 
 
 def _mixes(layer):
-    """Whether each of the layer's outputs is a sum over the channels it reads."""
-    return isinstance(layer, (Conv2d, Linear)) and getattr(layer, "groups", 1) == 1
+    """Whether each of the layer's outputs is a sum over all channels that it reads."""
+    return isinstance(layer, (nn.Conv2d, nn.Linear)) and getattr(layer, "groups", 1) == 1
+
+
+def _copy(net, memo=()):
+    """A deep copy. What torch refuses to copy, tensors that a forward pass left in attributes, is detached in it."""
+    left = [t for m in net.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
+    return copy.deepcopy(net, {id(t): t.detach().clone() for t in left} | dict(memo))
 
 
 def _plain(layer):
@@ -441,8 +447,8 @@ def _plain(layer):
     vars(plain).update(copy.deepcopy(own), training=layer.training)  # `own`: what a forward pass may look for
     for name, t in state.items():
         if t.ndim:
-            t = used_channels(t, layer.writes, 0)
-            state[name] = used_channels(t, layer.reads, 1) if t.ndim > 1 and _mixes(layer) else t
+            t = used_parts(t, layer.writes, 0)
+            state[name] = used_parts(t, layer.reads, 1) if t.ndim > 1 and _mixes(layer) else t
             plain.to(t.device, t.dtype if t.is_floating_point() else None)
     plain.load_state_dict({k: state[k][tuple(map(slice, v.shape))] for k, v in plain.state_dict().items()})
     for name, p in layer.named_parameters():
@@ -456,26 +462,23 @@ def _plain(layer):
 
 
 def slimmable(net: nn.Module, image: tuple[int, int, int], divisor: int = 1, fixed: tuple[str, ...] = ()) -> Slimmable:
-    """A slimmable copy of an ordinary network, which at full width computes what `net` does.
+    """A slimmable copy of an ordinary network: at full width it computes what `net` does, and its weights have their names.
 
-    The copy's convolutions, BatchNorms and Linears are replaced by this file's, which keep the weights and read and write
-    the groups that `_Watch` found. What it cannot slim keeps its width: the result's `kept` says for each such layer why.
+    Its convolutions, BatchNorms and Linears become this file's, which read and write the groups that `_Watch` finds. What
+    cannot be slimmed keeps its width; `kept` has, for each such layer, the reason.
 
     Args:
         image: (channels, height, width) of one input.
         fixed: names of modules whose outputs are to keep their channels.
-    Raises ValueError, with a layer's name, for a network that does not run on the meta device (since it looks at values,
-    say), that calls a BatchNorm twice, or that does not run at other widths (since a number of channels is written into
-    its forward pass): then name that layer in `fixed`.
+    Raises ValueError, with a layer's name, for a network that cannot be watched (its forward pass looks at values, say),
+    that calls a BatchNorm twice, or does not run at other widths (a number of channels is written into its forward pass:
+    then name the layer before it in `fixed`).
     """
-    net = copy.deepcopy(net)
-    unknown = {*fixed} - {name for name, _ in net.named_modules()}
-    if unknown:
-        raise ValueError(f"fixed: the network has no module {sorted(unknown)[0]!r}")
+    net = _copy(net)
     watch = _Watch(net, image, fixed)
     for m, (reads, writes) in watch.layers.items():
         if isinstance(m, nn.BatchNorm2d) or not all(g.fixed for c in (reads, writes) for g in parts_of(c)):
-            m.__class__ = watch.TWINS[type(m)]  # its weights and all its settings stay
+            m.__class__ = watch.TWINS[type(m)]  # weights and settings stay
             m.reads, m.writes = reads, writes
     for m in net.modules():
         if isinstance(m, _BatchNorm):
@@ -492,23 +495,22 @@ class _Watch(TorchDispatchMode):
     tensors are added or multiplied, each channel of one meets the same channel of the other: one of their groups becomes
     the other. What reads concatenated tensors reads a `Concatenation`.
 
-        x = conv1(image)                          a new group, a
-        y = conv3(relu(bn2(conv2(x))))            conv2 reads a and writes b; bn2 reads and writes b; conv3 b, c
-        z = x + y                                 c becomes a: conv3 writes a
-        conv4(torch.cat([z, conv2(z)], 1))        conv4 reads (a, b), and writes d
+        x = conv1(image)                         conv1 writes a
+        y = conv3(relu(bn(conv2(x))))            conv2 reads a and writes b, as does bn; conv3 reads b and writes c
+        z = x + y                                c becomes a: that is what conv3 writes
+        conv4(torch.cat([z, conv2(z)], 1))       conv4 reads (a, b)
 
-    Any other operation fixes what it reads, with the reason: a softmax, a shuffle, a scale of each channel's own. So do
-    the network's outputs. A second pass sees what happens in training alone.
+    Any other operation fixes what it reads, and so does the end of the network. A second pass shows what happens in
+    training alone.
 
-    layers: of each layer what it reads and writes.
-    kept: of each layer that keeps its width, by its name, the reason.
+    layers: of each layer what it reads and what it writes.
+    kept: of each layer that keeps its width, by name, the reason.
     """
 
     TWINS = {nn.Conv2d: Conv2d, nn.BatchNorm2d: BatchNorm2d, nn.Linear: Linear}
-    # From value to value, as are those that torch tags so; or of values that do not count.
     POINTWISE = {"hardswish", "hardswish_", "mish_", "_prelu_kernel", "expand", "copy_", "detach", "alias", "_to_copy",
                  "native_dropout", "bernoulli_", "fill_", "zero_", "empty_like", "zeros_like", "ones_like", "full_like",
-                 "rand_like", "randn_like", "masked_fill", "masked_fill_", "where"}  # fmt: skip
+                 "rand_like", "randn_like", "masked_fill", "masked_fill_", "where"}  # and what torch tags so; fmt: skip
     SPATIAL = {"max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d", "reflection_pad2d",
                "replication_pad2d", "upsample_nearest2d", "_upsample_nearest_exact2d", "upsample_bilinear2d",
                "upsample_bicubic2d", "new_empty"}  # fmt: skip
@@ -518,77 +520,72 @@ class _Watch(TorchDispatchMode):
 
     def __init__(self, net, image, fixed):
         super().__init__()
-        self.named, self.layers, self.became, self.carried, self.alive, self.bare = fixed, {}, {}, {}, [], {}
-        owners = Counter(_storage(t) for m in net.modules() for t in _own(m))
-        self.usual = {m for m in net.modules() if self.is_usual(m) and all(owners[_storage(t)] == 1 for t in _own(m))}
-        self.called, self.modules = set(), dict(net.named_modules())
+        self.modules, self.layers, self.became, self.carried, self.alive = dict(net.named_modules()), {}, {}, {}, []
+        self.to_fix, self.name, self.inside = {*fixed}, "the image", None
+        if self.to_fix - self.modules.keys():
+            raise ValueError(f"fixed: the network has no module {min(self.to_fix - self.modules.keys())!r}")
+        self.odd = {m: why for m in net.modules() if (why := self.oddity(m))}
+        owners = Counter(_storage(t) for m in net.modules() for t in _weights(m))
+        self.odd |= {m: "shares its weights" for m in net.modules() if any(owners[_storage(t)] > 1 for t in _weights(m))}
         for self.training in (False, True):
-            self.inside, self.stack, self.name = None, [], "the image"
-            try:  # two images: BatchNorm in training needs them, and no dimension is a batch's of one
-                out = _run_on_meta(net, self, torch.empty(2, *image, device="meta"), self.training)
+            try:  # two images: BatchNorm needs them in training, and the batch is not taken for a dimension of one
+                out = _run_on_meta(net, self, 2, image, self.training)
             except ValueError:
                 if not self.training:
                     raise
-                break  # it takes labels then, say: what was seen in eval() must do
+                break  # in training it takes labels, say: what was seen in eval() must do
             for t in tree_leaves(out):
                 if isinstance(t, Tensor):
                     self.fix("is an output of the network", t)
                 elif not isinstance(t, (int, float, str, type(None))):
                     self.fix(f"may be in the network's output, a {type(t).__name__}", *self.alive)
-        for m, why in self.bare.items():
-            self.fix(why, *self.layers.get(m, ()))
-        for c in [c for pair in self.layers.values() for c in pair]:
-            for g in self.now(c).parts:
-                g.fixed = g.fixed or g.step == g.max and "has channels that come and go together only"
+        for m in self.odd.keys() & self.layers.keys():
+            self.fix(self.odd[m], *self.layers[m])
         once = {}  # what has the same parts is to be the same
         for m, pair in self.layers.items():
-            pair = [once.setdefault((c.parts, c.each), c) for c in map(self.now, pair)]
-            self.layers[m] = tuple(c.parts[0] if len(c.parts) == c.each == 1 else c for c in pair)
-        self.kept = dict(self.keeping())
-
-    def keeping(self):
+            for c in (pair := [once.setdefault((c.parts, c.each), c) for c in map(self.now, pair)]):
+                for g in c.parts:
+                    g.fixed = g.fixed or g.step == g.max and "has no channels that could be left out"
+            self.layers[m] = [c.parts[0] if len(c.parts) == c.each == 1 else c for c in pair]
+        self.kept = {}
         for name, m in self.modules.items():
-            reasons = [g.fixed for g in parts_of(self.layers[m][1])] if m in self.layers else [self.bare.get(m)]
-            if m in self.layers and (isinstance(m, nn.BatchNorm2d) or not all(reasons)):
-                continue
-            if isinstance(m, (_ConvNd, nn.Linear)) or any(p.numel() > 1 for p in m.parameters(recurse=False)):
-                yield name, reasons[0] or (f"is a {type(m).__name__}, or has hooks, or shares its weights"
-                                           if m in self.called else "is not called")  # fmt: skip
+            reasons = [g.fixed for g in parts_of(self.layers[m][1])] if m in self.layers else [self.odd.get(m, "is not called")]
+            several = isinstance(m, nn.modules.conv._ConvNd) or not m._modules and any(p.numel() > 1 for p in m.parameters())
+            if several and all(reasons) and not (m in self.layers and isinstance(m, nn.BatchNorm2d)):
+                self.kept[name] = reasons[0]
 
-    def is_usual(self, m):
-        """Whether the layer is torch's own and nothing hangs on it: no subclass, no hook, no forward pass of its own."""
-        hung = [k for k, v in vars(m).items() if k.endswith("_hooks") and v or k == "forward"]
-        return type(m) in self.TWINS and not hung and not m._modules and m._parameters.keys() <= {"weight", "bias"}
+    def oddity(self, m):
+        """Why the layer is none of torch's own, as it comes from there."""
+        if type(m) not in self.TWINS:
+            return f"is a {type(m).__name__}"
+        hung = any(v for k, v in vars(m).items() if k.endswith("_hooks") or k in ("forward", "_modules"))
+        return hung or not m._parameters.keys() <= {"weight", "bias"} and "has something of its own hung on it"
 
     def now(self, c):
         """The Concatenation with, for each part, the group that it has become."""
-        parts = []
-        for g in c.parts:
+        parts = list(c.parts)
+        for i, g in enumerate(parts):
             while g in self.became:
-                g = self.became[g]
-            parts.append(g)
+                parts[i] = g = self.became[g]
         return Concatenation(*parts, each=c.each)
+
+    def channels(self, t):
+        """What the tensor carries, now; where no layer wrote it, a fixed group."""
+        c = self.carried.get(id(t))
+        return self.now(c) if c else Concatenation(WidthGroup(t.shape[1], f"meets what no layer wrote, after {self.name}"))
 
     def carry(self, t, c):
         self.carried[id(t)] = c
         self.alive.append(t)  # so that no id comes twice
 
-    def channels(self, t):
-        """What the tensor carries, now; a fixed group, where no layer wrote it."""
-        c = self.carried.get(id(t))
-        if c and c.max == t.shape[1]:
-            return self.now(c)
-        self.fix("changes its shape", t)
-        return Concatenation(WidthGroup(t.shape[1], "meets what no layer wrote"))
-
     def fix(self, why, *those):
-        """Of tensors or of Concatenations, the groups."""
+        """Tensors, or Concatenations."""
         for c in [c if isinstance(c, Concatenation) else self.carried.get(id(c)) for c in those]:
             for g in self.now(c).parts if c else ():
                 g.fixed = g.fixed or why
 
     def unite(self, a, b, why):
-        """Each channel of a meets the same one of b: their groups become one, and fixed ones where they do not pair."""
+        """Each channel of a meets the same one of b: their groups become one. Where they do not pair, they are fixed."""
         if [g.max for g in a.parts] != [g.max for g in b.parts] or a.each != b.each:
             return self.fix(f"{why}, beside other groups", a, b)
         for i in range(len(a.parts)):
@@ -597,96 +594,88 @@ class _Watch(TorchDispatchMode):
                 self.became[two] = one
                 one.fixed, one.step = one.fixed or two.fixed, math.lcm(one.step, two.step)
 
-    def enter(self, name, m, args, kwargs):
+    def enter(self, name, m, *inputs):
         self.name = name
-        self.stack.append(name)
-        self.called.add(m)
-        if m in self.usual:
-            self.inside = m  # its operations are not looked at
+        if m not in self.odd:
+            self.inside = m  # a layer's own operations are not looked at
 
-    def leave(self, name, m, args, kwargs, out):
-        self.stack.pop()
+    def leave(self, name, m, out, *inputs):
         if self.inside is m:
             self.inside = None
-            if out is not None:  # it is, after an error
-                self.layer(name, m, (*args, *kwargs.values())[0], out)
-        if name in self.named:
+            if out is not None:  # as it is after an error
+                self.layer(name, m, inputs[0], out)
+        if name in self.to_fix:
             self.fix("is named in `fixed`", *tree_leaves(out))
 
     def layer(self, name, m, x, out):
-        """A layer has made `out` of x."""
-        known, why = self.layers.get(m), None
+        known, grouped = self.layers.get(m), getattr(m, "groups", 1) > 1
         if self.training and not known:
-            why = "is called in training alone"
+            self.odd[m] = "is called in training alone"
         elif out.ndim != (2 if isinstance(m, nn.Linear) else 4):
-            why = f"is called with {x.ndim} dimensions"
+            self.odd[m] = f"is called with {out.ndim} dimensions"
+        elif grouped and (m.in_channels != m.out_channels or not in_steps(self.channels(x), m.in_channels // m.groups)):
+            self.odd[m] = "is a grouped convolution from and to different channels"
         else:
             reads = writes = self.channels(x)
-            if getattr(m, "groups", 1) > 1:
-                if m.in_channels != m.out_channels or not in_steps(reads, m.in_channels // m.groups):
-                    why = "is a grouped convolution whose parts fall apart"
-            elif not isinstance(m, nn.BatchNorm2d):
+            if _mixes(m):
                 writes = known[1] if known else Concatenation(WidthGroup(out.shape[1]))
-        if why:
-            self.bare[m] = why
-            return self.fix(f"goes into {name}, which {why}", x)
-        if known:
-            self.unite(known[0], reads, f"goes into {name} again")
-        self.layers[m] = reads, writes
-        self.carry(out, writes)
+            if known:
+                self.unite(known[0], reads, f"goes into {name} again")
+            self.layers[m] = reads, writes
+            return self.carry(out, writes)
+        self.fix(f"goes into {name}, which {self.odd[m]}", x)
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         args, kwargs, read = _on_meta(args, kwargs or {})
-        out = op(*args, **kwargs)
+        out, name = op(*args, **kwargs), op._schema.name.removeprefix("aten::")
         if self.inside:
             return out
-        name, made = op._schema.name.removeprefix("aten::"), [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        where = f"{name} in {self.stack[-1] or 'the network'}" if self.stack else name
         for t in read:
             owner = self.modules.get(self.weights.get(_storage(t)))
-            if owner in self.usual:
-                self.bare[owner] = f"has weights that go into {where}, too"
-        carried = [t for t in read if id(t) in self.carried]
+            if owner not in (None, *self.odd):
+                self.odd[owner] = f"has weights that go into {name}, too"
+        carried, made = [t for t in read if id(t) in self.carried], [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         if carried:
-            c = self.follow(op, name, args, read, carried, made, where)
+            why = f"goes into {name} after {self.name}"
+            c = self.follow(op, name, args, read, carried, made, why)
             if c is None:
-                self.fix(f"goes into {where}", *carried)
-            elif c:
-                for t in made:
-                    self.carry(t, c)
+                self.fix(why, *carried)
+            for t in made if c else ():
+                self.carry(t, c)
         return out
 
-    def follow(self, op, name, args, read, carried, made, where):
-        """What all tensors that an operation made carry: a Concatenation, or () for nothing. None: not known."""
-        x, y = carried[0], (made or [None])[0]
-        if y is None or x.ndim < 2 or any(not self.carried[id(t)].each for t in carried):
-            return None
-        c, dims = self.channels(x), args[1] if len(args) > 1 else []
-        if name == "cat" and dims in (1, 1 - y.ndim):
+    def follow(self, op, name, args, read, carried, made, why):
+        """What all that an operation made carries: a Concatenation, or () for nothing. None: of this nothing is known."""
+        x, y, given = carried[0], (made or [None])[0], args[1] if len(args) > 1 else None
+        c = self.channels(x)
+        if y is None or any(self.carried[id(t)].max != (t.shape[1:2] or [0])[0] for t in carried):
+            return None  # a tensor whose shape was changed in place, or numbers of channels
+        if name == "cat" and given in (1, 1 - y.ndim):
             parts = [self.channels(t) for t in read if t.numel()]
             return Concatenation(*parts, each=c.each) if {part.each for part in parts} == {c.each} else None
         if torch.Tag.pointwise in op.tags or name in self.POINTWISE or name == "cat":
             meet = [t for t in read if t.ndim >= y.ndim - 1 and t.shape[t.ndim - y.ndim + 1] == y.shape[1]]  # not broadcast
             if any(t.ndim != y.ndim for t in carried) or not meet:
                 return None
-            c, *others = [self.channels(t.expand(y.shape) if t.ndim < y.ndim else t) for t in meet]
+            c, *others = [self.channels(t if t.ndim == y.ndim else t[None]) for t in meet]
             for other in others:
-                self.unite(c, other, f"goes into {where}")
+                self.unite(c, other, why)
             return c
-        if name in self.VIEW:  # of a channel's values, which lie side by side, some more or fewer become entries
+        if name in self.VIEW:  # a channel's values lie side by side: so many more or fewer of them become channels
             entries = c.each * y.shape[1] if y.ndim > 1 and len(y) == len(x) else 1
             return Concatenation(*c.parts, each=entries // x.shape[1]) if entries % x.shape[1] == 0 else None
+        known = name in self.SPATIAL and x.ndim == 4 or name == "slice" and y.shape == x.shape
         if name == "constant_pad_nd":
-            known = not any(dims[2 * (x.ndim - 2) :])
-        else:
-            ndim = x.ndim + (name == "unsqueeze")
-            dims = [d % ndim for d in ([dims] if isinstance(dims, int) else dims or range(ndim) if name in self.REDUCE else [])]
-            known = name in self.SPATIAL and x.ndim == 4 or name in {*self.ALONG, *self.REDUCE} and min(dims, default=0) > 1
+            known = not any(given[2 * (x.ndim - 2) :])
+        elif name in self.ALONG | self.REDUCE:
+            dims = [given] if isinstance(given, int) else given or (range(x.ndim) if name in self.REDUCE else [0])
+            dims = {d % (x.ndim + (name == "unsqueeze")) for d in dims}
             if name in self.REDUCE and 1 in dims:  # of all channels something: of no group's width
                 for t in made[1:]:
-                    self.carry(t, Concatenation(*c.parts, each=0))  # where, among the channels: nothing may follow
+                    self.carry(t, Concatenation(*c.parts, each=0))  # which channel it is: whatever follows, they are fixed
                 return ()
-        return c if (known or name == "slice" and y.shape == x.shape) and y.shape[:2] == x.shape[:2] else None
+            known = known or min(dims) > 1
+        return c if known and y.shape[:2] == x.shape[:2] else None
 
 
 # ------------------------------------------------------------------------------ the architectures
@@ -987,7 +976,7 @@ def _with_one(c):
     return F.pad(c, (0, 1), value=1.0)
 
 
-def _own(m):
+def _weights(m):
     return [t for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
 
 
@@ -996,33 +985,37 @@ def _storage(t):
 
 
 def _on_meta(args, kwargs):
-    """An operation's arguments, all on the meta device if one of them is; their tensors."""
-    read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    if len({t.is_meta for t in read}) > 1:
-        args, kwargs = tree_map(lambda t: t.to("meta") if isinstance(t, Tensor) else t, (args, kwargs))
-        read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    return args, kwargs, read
+    """An operation's arguments, all on the meta device if any is; and the tensors among them."""
+    if any(isinstance(t, Tensor) and t.is_meta for t in tree_leaves((args, kwargs))):
+        args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
+    return args, kwargs, [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
 
 
-def _run_on_meta(net, mode, x, training=False):
-    """The network's outputs on the meta device, where no arithmetic is done, seen by the mode, whose `enter` and `leave` see
-    every module's call. `mode.weights`: of each weight's storage the module that it belongs to."""
-    state = {k: v.to("meta") for k, v in (*net.named_parameters(), *net.named_buffers())}
+def _run_on_meta(net, mode, count, image, training=False):
+    """What the network makes of so many images on the meta device, where no arithmetic is done: seen by `mode`, whose
+    `enter` and `leave` are told of every module's call. mode.weights: for each weight's storage its module's name."""
+    net = getattr(net, "whole", None) or net  # in which no name stands for anything else
+    copies = {id(t): t.to("meta") for m in net.modules() for t in _weights(m)}
+    state = {f"{name}.{k}".lstrip("."): copies[id(t)] for name, m in net.named_modules()  # each module once, by one name
+             for k, t in (m._parameters | m._buffers).items() if t is not None}  # fmt: skip
     mode.weights = {_storage(t): k.rpartition(".")[0] for k, t in state.items()}
-    modules, hooks = [(m, m.training) for m in net.modules()], []
+    dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), None)
+    before, hooks = [(m, m.training) for m in net.modules()], []
+    enter = lambda name, m, args, kwargs: mode.enter(name, m, *args, *kwargs.values())  # noqa: E731
+    leave = lambda name, m, args, kwargs, out: mode.leave(name, m, out, *args, *kwargs.values())  # noqa: E731
     try:
         for name, m in net.named_modules():
             m.training = training
-            hooks.append(m.register_forward_pre_hook(functools.partial(mode.enter, name), with_kwargs=True))
-            hooks.append(m.register_forward_hook(functools.partial(mode.leave, name), with_kwargs=True, always_call=True))
+            hooks.append(m.register_forward_pre_hook(functools.partial(enter, name), with_kwargs=True))
+            hooks.append(m.register_forward_hook(functools.partial(leave, name), with_kwargs=True, always_call=True))
         with torch.no_grad(), mode:
-            return torch.func.functional_call(net, state, x)
-    except Exception as e:  # a network of the reader's own may raise anything
+            return torch.func.functional_call(net, state, torch.empty(count, *image, device="meta", dtype=dtype), tie_weights=False)
+    except Exception as e:  # whatever a network of one's own may raise
         raise ValueError(f"after {mode.name}: {e}") from e
     finally:
         for hook in hooks:
             hook.remove()
-        for m, was in modules:
+        for m, was in before:
             m.training = was
 
 
@@ -1046,20 +1039,19 @@ class _Trace(TorchDispatchMode):
 
     def __init__(self, net, image):
         super().__init__()
-        self.calls, self.seen, self.lives, self.operations, self.name, self.macs = [], [], {}, 0, "the image", 0
-        self.times, self.net = Counter(), net
-        x = torch.empty(1, *image, device="meta")
-        self.meet(x, WidthGroup(image[0], fixed=True))
-        _run_on_meta(net, self, x)
+        self.calls, self.seen, self.lives, self.operations, self.macs, self.name = [], [], {}, 0, 0, "the image"
+        self.times, self.inside = Counter(), None
+        _run_on_meta(net, self, 1, image)
         self.lives = list(self.lives.values())
 
-    def enter(self, name, layer, args, kwargs):
+    def enter(self, name, layer, x=None, *more):
+        if not self.times:
+            self.meet(x, None)
         self.times[layer] += 1
         if not isinstance(layer, LAYERS):
             return
-        x, reads = (*args, *kwargs.values())[0], layer.reads
-        axis = x.ndim - 1 if isinstance(layer, Linear) else 1
-        if not isinstance(layer, Linear) and x.ndim != 4 or x.shape[axis:axis + 1] != (reads.active,):
+        shape, reads = x.shape[-1:] if isinstance(layer, Linear) else x.shape[1:2] * (x.ndim == 4), layer.reads
+        if shape != (reads.active,):
             raise ValueError(f"{name}: reads a group of which {reads.active} channels are in use, "
                              f"got an input of shape {tuple(x.shape)}")  # fmt: skip
         carried = self.lives[_storage(x)][0]
@@ -1067,16 +1059,17 @@ class _Trace(TorchDispatchMode):
             (n, places), (m, expected) = _places(carried), _places(reads)
             if n == m and places != expected:
                 raise ValueError(f"{name}: reads something else than the Concatenation of groups that it gets")
-        self.name = name
+        self.name, self.inside = name, layer
 
-    def leave(self, name, layer, args, kwargs, out):
+    def leave(self, name, layer, out, x=None, *more):
         if isinstance(layer, LAYERS) and out is not None:
-            x = (*args, *kwargs.values())[0]
             self.calls.append((name, layer, out.numel() // layer.writes.active, x.numel() // layer.reads.active))
             self.lives[_storage(out)][0] = layer.writes
+        self.inside = None
 
     def meet(self, t, group):
-        life = self.lives.setdefault(_storage(t), [group, t.numel(), self.operations, self.operations, self.name])
+        values = t.untyped_storage().nbytes() // t.element_size()
+        life = self.lives.setdefault(_storage(t), [group, values, self.operations, self.operations, self.name])
         life[3] = self.operations
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
@@ -1088,15 +1081,19 @@ class _Trace(TorchDispatchMode):
         if op._overloadpacket in flop_registry:
             self.macs += flop_registry[op._overloadpacket](*args, **kwargs, out_val=out) // 2
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        if read and all(_storage(t) in self.weights for t in read):
+        if self.inside and read and all(_storage(t) in self.weights for t in read):
             self.weights |= {_storage(t): "" for t in made}  # a cut weight is one
         # Statistics are vectors and pooling's indices integers: neither is an activation.
-        activations = [t for t in read + made if t.ndim > 1 and t.is_floating_point() and _storage(t) not in self.weights]
-        carried = [(self.lives.get(_storage(t), [None])[0], t.shape[1]) for t in activations if t not in set(made)]
-        if op is torch.ops.aten.cat.default and (args[1:] or (0,))[0] == 1:  # what carries no group's width has a constant one
-            carries = Concatenation(*(g if g and g.active == n else WidthGroup(n, fixed=True) for g, n in carried))
-        else:
-            carries = carried[0][0] if carried else None
+        activations = [
+            t for t in read + made if t.ndim > 1 and t.is_floating_point() and _storage(t) not in self.weights
+        ]
+        carried = [(self.lives.get(_storage(t), [None])[0], t) for t in activations if t not in set(made)]
+        carries = carried[0][0] if carried else None
+        if op is torch.ops.aten.cat.default and args[1:] in ((1,), (1 - out.ndim,)):
+            # A part that does not carry a group's channels, or not as many values of each as the others, is taken to be fixed.
+            each = max((t.shape[1] // g.active for g, t in carried if g), default=1) or 1
+            carries = Concatenation(*(g if g and g.active * each == t.shape[1] else WidthGroup(-(-t.shape[1] // each), True)
+                                      for g, t in carried), each=each)  # fmt: skip
         for t in activations:  # an output has its input's channels (a pooling's, say), unless a layer knows better
             self.meet(t, carries)
         self.seen += read + made  # kept alive, so that no storage's address comes twice
@@ -1185,13 +1182,13 @@ def _require_wiring(net, image, full):
             for group, n in zip(net.groups, counts.tolist()):
                 group.active = n
             trace = _Trace(net, image)
-            lives, c = trace.lives, _with_one(counts.double())
-            if len(lives) != len(full.lives):
+            if len(trace.lives) != len(full.lives):
                 raise ValueError("another number of activations at other widths: the network must do the same at all")
-            for carries, (_, most, *_, name), (_, numel, *_) in zip(fits, full.lives, lives):
+            for carries, (_, most, *_, name), (_, numel, *_) in zip(fits, full.lives, trace.lives):
                 carries &= {g for g in carries if numel * (g.max if g else 1) == most * (g.active if g else 1)}
                 if not carries:
                     raise ValueError(f"after {name}: a tensor whose size goes with the width of no group")
+            c = _with_one(counts.double())
             if trace.macs != c @ net._flops @ c:
                 raise ValueError("FLOPs that go with the width of no group: a product that no layer of this file makes")
     finally:
@@ -1205,19 +1202,15 @@ def _require_wiring(net, image, full):
 def _configurations(net):
     """Random channel counts (d,): as many as it takes until every two groups have differed in their share of channels.
 
-    With more than one channel each, or both ways round: one alone would be broadcast, and seem to fit.
+    With several channels each, or both ways round: one alone is broadcast, and seems to fit.
     """
     most, step = (torch.tensor([getattr(g, k) for g in net.groups], dtype=torch.int64) for k in ("max", "step"))
-    steps, g, tried = most // step, torch.Generator().manual_seed(0), 0
-    whole = steps == 1  # such a group has no other width
-    larger = torch.zeros(len(most), len(most), dtype=torch.bool)
-    told = whole[:, None] | whole | torch.eye(len(most), dtype=torch.bool)
-    narrow = whole.clone()
-    while len(most) and (tried < 2 or not (told.all() and narrow.all())):
-        counts = step * (1 + (torch.rand(len(most), generator=g) * steps).long())
+    steps, random, tried, larger = most // step, torch.Generator().manual_seed(0), 0, torch.zeros(2 * [len(most)]).bool()
+    narrow = steps == 1  # these have no other width
+    told = larger.fill_diagonal_(True) | narrow | narrow[:, None]
+    while len(most) and not (tried > 1 and told.all() and narrow.all()):
+        counts = step * (1 + (torch.rand(len(most), generator=random) * steps).long())
         ratio, several = counts / most, counts > 1
-        larger |= ratio[:, None] > ratio
+        larger, narrow, tried = larger | (ratio[:, None] > ratio), narrow | (ratio < 1), tried + 1
         told |= larger & larger.T | (ratio[:, None] != ratio) & several[:, None] & several
-        narrow |= counts < most
-        tried += 1
         yield counts
