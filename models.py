@@ -818,10 +818,11 @@ def build(arch: str, num_classes: int, image_size: int, in_channels: int = 3, di
 
     Args:
         arch: one of ARCHS. resnet8 to resnet56 in steps of 12 are the CIFAR form (three stages), the
-            other ResNets and mbv2 the ImageNet form with torchvision's parameter names.
+            other ResNets and mbv2 the ImageNet form with torchvision's parameter names. Or the name of any
+            classification network of torchvision, which `slimmable` takes as it is.
         image_size: height and width of the square inputs, for the costs.
         divisor: channel counts are multiples of it.
-    Raises ValueError for an unknown arch or a count below 1.
+    Raises ValueError for an unknown arch, a count below 1, or images too small for the network.
     """
     counts = dict(num_classes=num_classes, image_size=image_size, in_channels=in_channels, divisor=divisor)
     for name, value in counts.items():
@@ -831,40 +832,67 @@ def build(arch: str, num_classes: int, image_size: int, in_channels: int = 3, di
     if arch == "mbv2":
         return mobilenet_v2(num_classes, image, divisor)
     if arch not in RESNETS:
-        raise ValueError(f"arch: unknown {arch!r}, choose from {', '.join(ARCHS)}")
+        return slimmable(_torchvisions(arch, num_classes, image), image, divisor)
     block, depths = RESNETS[arch]
     return resnet(block, depths, num_classes, image, divisor, cifar=len(depths) == 3)
+
+
+def _torchvisions(arch, num_classes, image):
+    """A network of torchvision's, without auxiliary heads, for images of so many channels."""
+    import torchvision  # here, since all else does without it
+
+    if arch not in torchvision.models.list_models(torchvision.models):
+        raise ValueError(f"arch: unknown {arch!r}, choose from {', '.join(ARCHS)} or torchvision's classification networks")
+    of_size = {"image_size": image[1]} if arch.startswith("vit_") else {"input_size": image[1:]} if "maxvit" in arch else {}
+    whole = {"aux_logits": False, "init_weights": True} if arch in ("googlenet", "inception_v3") else {}
+    net = torchvision.models.get_model(arch, weights=None, num_classes=num_classes, **of_size, **whole)
+    first = next(m for m in net.modules() if isinstance(m, nn.Conv2d))
+    if first.in_channels != image[0]:
+        first.in_channels, weight = image[0], first.weight.detach()[:, torch.arange(image[0]) % first.in_channels]
+        first.weight = nn.Parameter(weight)
+    return net
 
 
 # ------------------------------------------------------------------------------ the deployable file
 
 
 def _norms(net):
-    return [m for m in net.modules() if isinstance(m, BatchNorm2d)]
+    return [m for m in net.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
 
 
 def get_statistics(net: Slimmable) -> Tensor:
     """All running means and variances as one vector (s,), s twice the sum of all BatchNorms' channels."""
+    if not _norms(net):
+        return next(net.parameters()).new_zeros(0)
     return torch.cat([t for m in _norms(net) for t in (m.running_mean, m.running_var)])
 
 
 def set_statistics(net: Slimmable, vector: Tensor) -> None:
     """Sets what `get_statistics` gave."""
+    if not _norms(net):
+        return
     buffers = [t for m in _norms(net) for t in (m.running_mean, m.running_var)]
     for t, part in zip(buffers, vector.to(buffers[0]).split([len(t) for t in buffers])):
         t.copy_(part)
 
 
-def load(path: str, device: torch.device | str = "cpu") -> Slimmable:
+def load(path: str, device: torch.device | str = "cpu", net: nn.Module | None = None) -> Slimmable:
     """The network of a front.pt, with its front: see `Slimmable.use`. In eval mode, at full width.
 
+    net: where it is of your own code, one such network, whose weights do not matter.
     `net.data` holds the names of the classes, and mean and deviation of the images: they are to be
     (image / 255 - mean) / std. Runs nothing that is in the file. Raises ValueError for another file of torch's.
     """
     state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or not {"network", "model", "front"} <= state.keys():
         raise ValueError(f"{path}: not a front.pt, which train.py writes when a run is done")
-    net = build(**state["network"])
+    how = state["network"]
+    if net is None and ":" in how["arch"]:
+        raise ValueError(f"{path}: weights of {how['arch']}, a network of your own: load(..., net=...) needs one such")
+    if net is None:
+        net = build(**how)
+    elif not isinstance(net, Slimmable):
+        net = slimmable(net, (how["in_channels"], how["image_size"], how["image_size"]), how["divisor"])
     net.load_state_dict(state["model"])
     net.front, net.statistics, net.data = state["front"], state["statistics"].to(device), state["data"]
     net.latency_table = state["latency"]
