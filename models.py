@@ -116,10 +116,12 @@ class Conv2d(nn.Conv2d):
         groups = writes.max if depthwise else groups
         if padding is None:
             padding = tuple(d * (k // 2) for k, d in zip(_pair(kernel_size), _pair(dilation)))
-        super().__init__(reads.max, writes.max, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
-        if groups > 1 and not (reads is writes and in_steps(writes, writes.max // groups)):
+        if groups > 1 and not (reads is writes and writes.max % groups == 0 and in_steps(writes, writes.max // groups)):
             raise ValueError("depthwise, groups: such a convolution writes the group that it reads, by whole parts")
+        super().__init__(reads.max, writes.max, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
         self.reads, self.writes = reads, writes
+
+    depthwise = property(lambda self: self.groups > 1)  # or of some channels a part: writes the group that it reads
 
     def forward(self, input):
         i, o = self.reads.active, self.writes.active
@@ -539,8 +541,6 @@ class _Watch(TorchDispatchMode):
                     self.fix("is an output of the network", t)
                 elif not isinstance(t, (int, float, str, type(None))):
                     self.fix(f"may be in the network's output, a {type(t).__name__}", *self.alive)
-        for m in self.odd.keys() & self.layers.keys():
-            self.fix(self.odd[m], *self.layers[m])
         once = {}  # what has the same parts is to be the same
         for m, pair in self.layers.items():
             for c in (pair := [once.setdefault((c.parts, c.each), c) for c in map(self.now, pair)]):
@@ -623,7 +623,7 @@ class _Watch(TorchDispatchMode):
                 self.unite(known[0], reads, f"goes into {name} again")
             self.layers[m] = reads, writes
             return self.carry(out, writes)
-        self.fix(f"goes into {name}, which {self.odd[m]}", x)
+        self.fix(f"goes into {name}, which {self.odd[m]}", x, *known or ())
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         args, kwargs, read = _on_meta(args, kwargs or {})
@@ -634,6 +634,7 @@ class _Watch(TorchDispatchMode):
             owner = self.modules.get(self.weights.get(_storage(t)))
             if owner not in (None, *self.odd):
                 self.odd[owner] = f"has weights that go into {name}, too"
+                self.fix(self.odd[owner], *self.layers.get(owner, ()))
         carried, made = [t for t in read if id(t) in self.carried], [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         if carried:
             why = f"goes into {name} after {self.name}"
