@@ -291,13 +291,6 @@ class Slimmable(nn.Sequential):
         self.whole.training = self.training
         return self.whole(x)
 
-    def train(self, mode: bool = True):
-        if self.whole is None:
-            return super().train(mode)
-        self.training = mode
-        self.whole.train(mode)  # which may know better: of BatchNorm that is never to train, say
-        return self
-
     def set_widths(self, a: Tensor | float) -> None:
         """Run at configuration `a` (d,) in (0, 1]^d from now on; a float sets every group alike.
 
@@ -399,6 +392,7 @@ class Slimmable(nn.Sequential):
             if self.whole is None:
                 return nn.Sequential(OrderedDict((k, copy.deepcopy(m, plain)) for k, m in self.named_children())).train(mode)
             net = _copy(self.whole, plain)
+            net.training = mode
             for m in net.modules():
                 if isinstance(m, _BatchNorm):
                     m.momentum = vars(m).pop("theirs", m.momentum)
@@ -570,9 +564,11 @@ class _Watch(TorchDispatchMode):
         return Concatenation(*parts, each=c.each)
 
     def channels(self, t):
-        """What the tensor carries, now; where no layer wrote it, a fixed group."""
+        """What the tensor carries, now. A fixed group where that is nothing, or its shape was changed in place since."""
         c = self.carried.get(id(t))
-        return self.now(c) if c else Concatenation(WidthGroup(t.shape[1], f"meets what no layer wrote, after {self.name}"))
+        if c and t.shape[1:2] == (c.max,):
+            return self.now(c)
+        return Concatenation(WidthGroup(t.shape[1], f"meets what no layer wrote, after {self.name}"))
 
     def carry(self, t, c):
         self.carried[id(t)] = c
@@ -647,10 +643,10 @@ class _Watch(TorchDispatchMode):
 
     def follow(self, op, name, args, read, carried, made, why):
         """What all that an operation made carries: a Concatenation, or () for nothing. None: of this nothing is known."""
-        x, y, given = carried[0], (made or [None])[0], args[1] if len(args) > 1 else None
+        if not made or any(t.shape[1:2] != (self.carried[id(t)].max,) for t in carried):
+            return None
+        x, y, given = carried[0], made[0], args[1] if len(args) > 1 else None
         c = self.channels(x)
-        if y is None or any(self.carried[id(t)].max != (t.shape[1:2] or [0])[0] for t in carried):
-            return None  # a tensor whose shape was changed in place, or numbers of channels
         if name == "cat" and given in (1, 1 - y.ndim):
             parts = [self.channels(t) for t in read if t.numel()]
             return Concatenation(*parts, each=c.each) if {part.each for part in parts} == {c.each} else None

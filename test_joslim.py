@@ -461,7 +461,7 @@ KEPT = {  # the convolution before `middle`, and why
     "transposed": (lambda m, x: m.a(x), 5, dict(a=to(8, 5, 2, 2, kind=nn.ConvTranspose2d)), "convolution after a"),
     "subclass": (lambda m, x: m.a(x), 8, dict(a=to(8, 8, 1, kind=Scaled)), "after a"),
     "hook": (lambda m, x: m.a(x), 8, dict(a=hooked), "after a"),
-    "shared": (lambda m, x: F.conv2d(m.a(x), m.a.weight), 8, dict(a=to(8, 8, 1, bias=False)), "convolution after a"),
+    "shared": (lambda m, x: F.conv2d(m.a(x), m.a.weight), 8, dict(a=to(8, 8, 1, bias=False)), "go into convolution"),
     "read": (lambda m, x: x * m.one.weight.norm(), 8, {}, "has weights that go into linalg_vector_norm"),
     "1d": (lambda m, x: m.a(x.flatten(2)).view_as(x), 8, dict(a=to(8, kind=nn.BatchNorm1d)), "batch_norm after a"),
     "other parts": (lambda m, x: m.a(x), 16, dict(a=to(8, 16, 1, groups=8)), "a, which is a grouped convolution"),
