@@ -504,12 +504,13 @@ class _Watch(TorchDispatchMode):
     """
 
     TWINS = {nn.Conv2d: Conv2d, nn.BatchNorm2d: BatchNorm2d, nn.Linear: Linear}
-    POINTWISE = {"hardswish", "hardswish_", "mish_", "_prelu_kernel", "expand", "copy_", "detach", "alias", "_to_copy",
-                 "native_dropout", "bernoulli_", "fill_", "zero_", "empty_like", "zeros_like", "ones_like", "full_like",
-                 "rand_like", "randn_like", "masked_fill", "masked_fill_", "where"}  # and what torch tags so; fmt: skip
-    SPATIAL = {"max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d", "reflection_pad2d",
-               "replication_pad2d", "upsample_nearest2d", "_upsample_nearest_exact2d", "upsample_bilinear2d",
-               "upsample_bicubic2d", "new_empty"}  # fmt: skip
+    # What is done to each value (as what torch tags so), and what makes maps of other sizes of each map alone.
+    POINTWISE = {*"""hardswish hardswish_ mish_ _prelu_kernel expand copy_ detach alias _to_copy native_dropout bernoulli_ fill_
+                     zero_ empty_like zeros_like ones_like full_like rand_like randn_like masked_fill masked_fill_
+                     where""".split()}  # fmt: skip
+    SPATIAL = {*"""max_pool2d_with_indices avg_pool2d _adaptive_avg_pool2d adaptive_max_pool2d reflection_pad2d
+                   replication_pad2d upsample_nearest2d _upsample_nearest_exact2d upsample_bilinear2d upsample_bicubic2d
+                   new_empty""".split()}  # fmt: skip
     ALONG = {"slice", "select", "squeeze", "unsqueeze"}  # the dimensions that are their second argument
     REDUCE = {"mean", "sum", "amax", "amin", "max", "min"}
     VIEW = {"view", "_unsafe_view", "_reshape_alias"}
@@ -543,9 +544,12 @@ class _Watch(TorchDispatchMode):
             self.layers[m] = [c.parts[0] if len(c.parts) == c.each == 1 else c for c in pair]
         self.kept = {}
         for name, m in self.modules.items():
-            reasons = [g.fixed for g in parts_of(self.layers[m][1])] if m in self.layers else [self.odd.get(m, "is not called")]
-            several = isinstance(m, nn.modules.conv._ConvNd) or not m._modules and any(p.numel() > 1 for p in m.parameters())
-            if several and all(reasons) and not (m in self.layers and isinstance(m, nn.BatchNorm2d)):
+            if m in self.layers:  # where BatchNorm goes by what it reads
+                reasons = [g.fixed for g in parts_of(self.layers[m][1]) if not isinstance(m, nn.BatchNorm2d)]
+            else:
+                several = not m._modules and any(p.numel() > 1 for p in m.parameters()) or isinstance(m, nn.Conv2d)
+                reasons = [self.odd.get(m, "is not called")] if several else []
+            if reasons and all(reasons):
                 self.kept[name] = reasons[0]
 
     def oddity(self, m):
@@ -1025,6 +1029,7 @@ def _run_on_meta(net, mode, count, image, training=False):
              for k, t in (m._parameters | m._buffers).items() if t is not None}  # fmt: skip
     mode.weights = {_storage(t): k.rpartition(".")[0] for k, t in state.items()}
     dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), None)
+    x = torch.empty(count, *image, device="meta", dtype=dtype)
     before, hooks = [(m, m.training) for m in net.modules()], []
     enter = lambda name, m, args, kwargs: mode.enter(name, m, *args, *kwargs.values())  # noqa: E731
     leave = lambda name, m, args, kwargs, out: mode.leave(name, m, out, *args, *kwargs.values())  # noqa: E731
@@ -1034,7 +1039,7 @@ def _run_on_meta(net, mode, count, image, training=False):
             hooks.append(m.register_forward_pre_hook(functools.partial(enter, name), with_kwargs=True))
             hooks.append(m.register_forward_hook(functools.partial(leave, name), with_kwargs=True, always_call=True))
         with torch.no_grad(), mode:
-            return torch.func.functional_call(net, state, torch.empty(count, *image, device="meta", dtype=dtype), tie_weights=False)
+            return torch.func.functional_call(net, state, x, tie_weights=False)
     except Exception as e:  # whatever a network of one's own may raise
         raise ValueError(f"after {mode.name}: {e}") from e
     finally:
@@ -1109,9 +1114,7 @@ class _Trace(TorchDispatchMode):
         if self.inside and read and all(_storage(t) in self.weights for t in read):
             self.weights |= {_storage(t): "" for t in made}  # a cut weight is one
         # Statistics are vectors and pooling's indices integers: neither is an activation.
-        activations = [
-            t for t in read + made if t.ndim > 1 and t.is_floating_point() and _storage(t) not in self.weights
-        ]
+        activations = [t for t in read + made if t.ndim > 1 and t.is_floating_point() and _storage(t) not in self.weights]
         carried = [(self.lives.get(_storage(t), [None])[0], t) for t in activations if t not in set(made)]
         carries = carried[0][0] if carried else None
         if op is torch.ops.aten.cat.default and args[1:] in ((1,), (1 - out.ndim,)):

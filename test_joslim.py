@@ -359,8 +359,8 @@ def ready(net):
 
 
 # Of each kind: widths found, and the share of FLOPs left at a quarter of them.
-ZOO = {"regnet_y_400mf": (37, 0.12), "mobilenet_v3_small": (27, 0.16), "efficientnet_b0": (40, 0.12), "densenet121": (120, 0.08),
-       "googlenet": (57, 0.09), "vgg11": (10, 0.07), "squeezenet1_1": (25, 0.12), "shufflenet_v2_x0_5": (18, 0.35),
+ZOO = {"regnet_y_400mf": (37, 0.12), "mobilenet_v3_small": (27, 0.16), "efficientnet_b0": (40, 0.12),
+       "densenet121": (120, 0.08), "googlenet": (57, 0.09), "vgg11": (10, 0.07), "squeezenet1_1": (25, 0.12), "shufflenet_v2_x0_5": (18, 0.35),
        "resnext50_32x4d": (21, 0.09), "convnext_tiny": (0, 1)}  # fmt: skip
 
 
@@ -432,12 +432,12 @@ def hooked():
 
 
 SLIMMED = {  # all of it: how `middle` is made, further layers, and the layers that write a group
-    "order of concatenation": (lambda m, x: torch.cat([m.a(x), x, m.b(x)], -3), 17, dict(a=to(8, 4, 1), b=to(8, 5, 1)), "a b"),
-    "one twice": (lambda m, x: torch.cat([x, m.a(x)], 1) + torch.cat([m.b(x)] * 2, 1), 16, dict(a=to(8, 8, 1), b=to(8, 8, 1)), ""),
+    "concatenated": (lambda m, x: torch.cat([m.a(x), x, m.b(x)], -3), 17, dict(a=to(8, 4, 1), b=to(8, 5, 1)), "a b"),
+    "twice": (lambda m, x: torch.cat([x, m.a(x)], 1) + torch.cat([m.b(x)] * 2, 1), 16, dict(a=to(8, 8, 1), b=to(8, 8, 1)), ""),
     "norm of two": (lambda m, x: m.n(torch.cat([m.a(x), x], 1)), 12, dict(a=to(8, 4, 1), n=to(12, kind=nn.BatchNorm2d)), "a"),
     "called twice": (lambda m, x: m.a(m.b(F.relu(m.a(x)))), 8, dict(a=to(8, 8, 1), b=to(8, 8, 3, padding=1)), "a"),
     "by whole parts": (lambda m, x: m.b(m.a(x)), 8, dict(a=to(8, 8, 1, groups=4), b=to(8, 8, 1, groups=2)), ""),
-    "attention of CBAM": (lambda m, x: x * m.a(torch.cat([x.mean(1, True), x.max(1)[0][:, None]], 1)), 8, dict(a=to(2, 1, 1)), ""),
+    "CBAM": (lambda m, x: x * m.a(torch.cat([x.mean(1, True), x.max(1)[0][:, None]], 1)), 8, dict(a=to(2, 1, 1)), ""),
     "reflected": (lambda m, x: m.a(x), 8, dict(a=to(8, 8, 3, padding=1, padding_mode="reflect")), "a"),
     "slope of all": (lambda m, x: m.a(x) * m.b, 8, dict(a=to(kind=nn.PReLU), b=parameter(1, 1, 8, 8)), ""),
     "a view changed": (lambda m, x: (x := x * 1, x.flatten(2).mul_(2))[0], 8, {}, ""),
@@ -450,14 +450,17 @@ KEPT = {  # the convolution before `middle`, and why
     "shuffle": (lambda m, x: F.channel_shuffle(x, 2), 8, {}, "channel_shuffle"),
     "pixel shuffle": (lambda m, x: F.pixel_shuffle(x, 2), 2, {}, "pixel_shuffle"),
     "chunk": (lambda m, x: x.chunk(2, 1)[1], 4, {}, "split"),
-    "NHWC": (lambda m, x: m.a(x.permute(0, 2, 3, 1).flatten(1))[..., None, None], 6, dict(a=to(512, 6, kind=nn.Linear)), "permute"),
+    "NHWC": (lambda m, x: m.a(x.permute(0, 2, 3, 1).flatten(1))[..., None, None], 6,
+             dict(a=to(512, 6, kind=nn.Linear)), "permute"),
     "slope of each": (lambda m, x: m.a(x), 8, dict(a=to(8, kind=nn.PReLU)), "no layer"),
     "scale of each": (lambda m, x: x * m.a, 8, dict(a=parameter(8, 1, 1)), "no layer"),
     "constants": (lambda m, x: x + torch.arange(8.0, dtype=x.dtype).view(-1, 1, 1), 8, {}, "no layer"),
     "GroupNorm": (lambda m, x: m.a(x), 8, dict(a=to(2, 8, kind=nn.GroupNorm)), "group_norm"),
     "attention": (lambda m, x: (q := x.flatten(2), F.softmax(q @ q.mT, -1) @ q)[1].view_as(x), 8, {}, "transpose"),
-    "ECA": (lambda m, x: x * m.a(x.mean((2, 3))[:, None]).mT[..., None], 8, dict(a=to(1, 1, 3, 1, 1, kind=nn.Conv1d)), "unsqueeze"),
-    "weight norm": (lambda m, x: m.a(x), 8, dict(a=lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 1))), "after a"),
+    "ECA": (lambda m, x: x * m.a(x.mean((2, 3))[:, None]).mT[..., None], 8,
+            dict(a=to(1, 1, 3, 1, 1, kind=nn.Conv1d)), "unsqueeze"),
+    "weight norm": (lambda m, x: m.a(x), 8,
+                    dict(a=lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 1))), "after a"),
     "transposed": (lambda m, x: m.a(x), 5, dict(a=to(8, 5, 2, 2, kind=nn.ConvTranspose2d)), "convolution after a"),
     "subclass": (lambda m, x: m.a(x), 8, dict(a=to(8, 8, 1, kind=Scaled)), "after a"),
     "hook": (lambda m, x: m.a(x), 8, dict(a=hooked), "after a"),
@@ -472,7 +475,7 @@ KEPT = {  # the convolution before `middle`, and why
     "where the maximum is": (lambda m, x: x * x.max(1, True)[1], 8, {}, "mul"),
     "softmax": (lambda m, x: x.softmax(1), 8, {}, "softmax"),
     "in training": (lambda m, x: m.a(x) if m.training else x, 8, dict(a=to(8, 8, 1)), "called in training alone"),
-    "other order": (lambda m, x: torch.cat([m.a(x), x], 1) + torch.cat([x, m.a(x)], 1), 12, dict(a=to(8, 4, 1)), "other groups"),
+    "other order": (lambda m, x: torch.cat([m.a(x), x], 1) + torch.cat([x, m.a(x)], 1), 12, dict(a=to(8, 4, 1)), "beside"),
 }  # fmt: skip
 
 

@@ -69,7 +69,7 @@ def row(arch):
         plain.to("meta")(x.to("meta"))
     assert slim.flops(a).item() == counter.get_total_flops() / 2, arch
     print(f"{arch:26} {slim.num_widths:6} {share:9.1%} {left:13.1%} {seconds:8.2f} {apart:10.1e}", flush=True)
-    return arch, Counter(reason.split(" after ")[0] for reason in slim.kept.values()), len(slim.kept)
+    return arch, Counter(reason.split(" after ")[0].rstrip(",") for reason in slim.kept.values()), len(slim.kept)
 
 
 def main():
