@@ -255,7 +255,8 @@ class Slimmable(nn.Sequential):
         groups: the width groups that are slimmed, in the order of `named_modules()`; a[i] sets `groups[i]`.
         names: for each group, the first layer that writes it.
         num_widths: d, the length of a configuration.
-        kept: of a network that `slimmable` made: the layers that keep their width, and why.
+        kept: of a network that `slimmable` made: by name, the layers that keep their width, and why.
+        whole: the module, where `layers` is one.
         front: of a network that `load` returned, {"flops": (k,), ..., "top1": (k,), "widths": (k, d)}, by rising cost.
         statistics: of one, too: BatchNorm's for each row of the front (k, s), as `get_statistics` has them.
         data: of one, too: {"classes": names, "mean": ..., "std": ...} of the images.
@@ -445,8 +446,8 @@ def _plain(layer):
         if t.ndim:
             t = used_parts(t, layer.writes, 0)
             state[name] = used_parts(t, layer.reads, 1) if t.ndim > 1 and _mixes(layer) else t
-            plain.to(t.device, t.dtype if t.is_floating_point() else None)
-    plain.load_state_dict({k: state[k][tuple(map(slice, v.shape))] for k, v in plain.state_dict().items()})
+    cut = {k: state[k][tuple(map(slice, v.shape))].clone() for k, v in plain.state_dict().items()}
+    plain.load_state_dict(cut, assign=True)
     for name, p in layer.named_parameters():
         plain.get_parameter(name).requires_grad_(p.requires_grad)
     if any(p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last) for p in layer.parameters()):
@@ -505,8 +506,8 @@ class _Watch(TorchDispatchMode):
 
     TWINS = {nn.Conv2d: Conv2d, nn.BatchNorm2d: BatchNorm2d, nn.Linear: Linear}
     # What is done to each value (as what torch tags so), and what makes maps of other sizes of each map alone.
-    POINTWISE = {*"""hardswish hardswish_ mish_ _prelu_kernel expand copy_ detach alias _to_copy native_dropout bernoulli_ fill_
-                     zero_ empty_like zeros_like ones_like full_like rand_like randn_like masked_fill masked_fill_
+    POINTWISE = {*"""hardswish hardswish_ mish_ _prelu_kernel expand copy_ detach alias _to_copy native_dropout bernoulli_
+                     fill_ zero_ empty_like zeros_like ones_like full_like rand_like randn_like masked_fill masked_fill_
                      where""".split()}  # fmt: skip
     SPATIAL = {*"""max_pool2d_with_indices avg_pool2d _adaptive_avg_pool2d adaptive_max_pool2d reflection_pad2d
                    replication_pad2d upsample_nearest2d _upsample_nearest_exact2d upsample_bilinear2d upsample_bicubic2d

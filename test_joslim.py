@@ -360,7 +360,8 @@ def ready(net):
 
 # Of each kind: widths found, and the share of FLOPs left at a quarter of them.
 ZOO = {"regnet_y_400mf": (37, 0.12), "mobilenet_v3_small": (27, 0.16), "efficientnet_b0": (40, 0.12),
-       "densenet121": (120, 0.08), "googlenet": (57, 0.09), "vgg11": (10, 0.07), "squeezenet1_1": (25, 0.12), "shufflenet_v2_x0_5": (18, 0.35),
+       "densenet121": (120, 0.08), "googlenet": (57, 0.09), "vgg11": (10, 0.07), "squeezenet1_1": (25, 0.12),
+       "shufflenet_v2_x0_5": (18, 0.35),
        "resnext50_32x4d": (21, 0.09), "convnext_tiny": (0, 1)}  # fmt: skip
 
 
