@@ -1117,13 +1117,14 @@ class _Trace(TorchDispatchMode):
         # Statistics are vectors and pooling's indices integers: neither is an activation.
         activations = [t for t in read + made if t.ndim > 1 and t.is_floating_point() and _storage(t) not in self.weights]
         carried = [(self.lives.get(_storage(t), [None])[0], t) for t in activations if t not in set(made)]
-        carries = carried[0][0] if carried else None
+        # An output has the channels of the input that is its size (not of what is broadcast), unless a layer knows better.
+        carries = next((g for g, t in carried if made and t.shape == made[0].shape), carried[0][0] if carried else None)
         if op is torch.ops.aten.cat.default and args[1:] in ((1,), (1 - out.ndim,)):
             # A part that does not carry a group's channels, or not as many values of each as the others, is taken to be fixed.
             each = max((t.shape[1] // g.active for g, t in carried if g), default=1) or 1
             carries = Concatenation(*(g if g and g.active * each == t.shape[1] else WidthGroup(-(-t.shape[1] // each), True)
                                       for g, t in carried), each=each)  # fmt: skip
-        for t in activations:  # an output has its input's channels (a pooling's, say), unless a layer knows better
+        for t in activations:
             self.meet(t, carries)
         self.seen += read + made  # kept alive, so that no storage's address comes twice
         self.operations += 1
