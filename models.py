@@ -522,9 +522,9 @@ class _Watch(TorchDispatchMode):
         self.to_fix, self.name, self.inside = {*fixed}, "the image", None
         if self.to_fix - self.modules.keys():
             raise ValueError(f"fixed: the network has no module {min(self.to_fix - self.modules.keys())!r}")
-        self.odd = {m: why for m in net.modules() if (why := self.oddity(m))}
-        owners = Counter(_storage(t) for m in net.modules() for t in _weights(m))
-        self.odd |= {m: "shares its weights" for m in net.modules() if any(owners[_storage(t)] > 1 for t in _weights(m))}
+        places = Counter((_storage(t), t.storage_offset()) for m in net.modules() for t in _weights(m))
+        shared = {m for m in net.modules() if any(places[_storage(t), t.storage_offset()] > 1 for t in _weights(m))}
+        self.odd = {m: why for m in net.modules() if (why := self.oddity(m) or m in shared and "shares its weights")}
         for self.training in (False, True):
             try:  # two images: BatchNorm needs them in training, and the batch is not taken for a dimension of one
                 out = _run_on_meta(net, self, 2, image, self.training)
@@ -557,8 +557,9 @@ class _Watch(TorchDispatchMode):
         """Why the layer is none of torch's own, as it comes from there."""
         if type(m) not in self.TWINS:
             return f"is a {type(m).__name__}"
-        hung = any(v for k, v in vars(m).items() if k.endswith("_hooks") or k in ("forward", "_modules"))
-        return hung or not m._parameters.keys() <= {"weight", "bias"} and "has something of its own hung on it"
+        hung = any(v for k, v in vars(m).items() if k.endswith("_hooks") or k == "_modules" or callable(v))
+        more = {*m._parameters, *m._buffers} - {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+        return (hung or more) and "has something of its own hung on it"
 
     def now(self, c):
         """The Concatenation with, for each part, the group that it has become."""
