@@ -1,11 +1,13 @@
-"""Slimmable ResNet and MobileNetV2: one set of weights, every layer-wise width.
+"""Slimmable networks: one set of weights, every layer-wise width. ResNet and MobileNetV2, or an ordinary network as it is.
 
     net = build("mbv2", num_classes=1000, image_size=224)
     net.set_widths(0.5)                       # every group at half its channels
     net.set_widths(torch.rand(net.num_widths).clamp(min=0.42))
     net(x).sum().backward()                   # runs and trains at those widths
     net.flops(a), net.params(a), net.memory(a)   # a (..., num_widths) -> (...,)
-    plain = net.extract()                     # an ordinary nn.Sequential, weights cut and copied
+    plain = net.extract()                     # an ordinary network, weights cut and copied
+
+    net = slimmable(torchvision.models.efficientnet_b0(), (3, 224, 224))   # a copy; net.kept: what stays as wide, and why
 
     net = load("front.pt")                    # what a run of train.py wrote
     net.use(flops=0.5)                        # its best configuration within half the FLOPs, ready to run
@@ -14,63 +16,80 @@ The whole idea is the `WidthGroup`: tensors that are added share one, a layer is
 it reads and which it writes, and choosing widths is setting each group's `active` once. Forward
 passes read like the ordinary networks'; costs are found by watching one forward pass.
 
-To make another network slimmable, write it with `Conv2d`, `BatchNorm2d` and `Linear` of this file
-and wrap it: `Slimmable(OrderedDict(net=MyNet()), image=(3, 32, 32))`.
+`slimmable` finds out which group each layer of an ordinary network reads and writes, and puts this file's layers into
+their places. To say it yourself, write the network with `Conv2d`, `BatchNorm2d` and `Linear` of this file and wrap it:
+`Slimmable(MyNet(), image=(3, 32, 32))`. ResNet and MobileNetV2 below are written so.
 
-In order: layers; `Slimmable`; ResNet and MobileNetV2; the deployable file; pretrained weights; latency; cost tables.
-This file needs torch alone.
+In order: layers; `Slimmable`; how groups are found; ResNet and MobileNetV2; the deployable file; pretrained weights;
+latency; cost tables. This file needs torch alone.
 """
 
 import copy
 import functools
 import io
+import itertools
 import math
 import time
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.utils import _pair
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
 
 # ------------------------------------------------------------------------------ slimmable layers
 
 
 class WidthGroup:
-    """Channels that must agree. `max` exist, the first `active` of them are in use.
+    """Channels that must agree. `max` exist, the first `active` of them are in use, a multiple of `step`.
 
     A `fixed` group (image channels, MobileNetV2's last 1280) is never slimmed and takes no place in
     the width vector. Raises ValueError for max below 1.
     """
 
-    def __init__(self, max: int, fixed: bool = False):
+    def __init__(self, max: int, fixed: bool | str = False, step: int = 1):
         if max < 1:
             raise ValueError(f"max must be at least 1, got {max}")
         self.max = self.active = max
-        self.fixed = fixed
+        self.fixed, self.step = fixed, step  # `slimmable` gives the reason; a grouped convolution's parts are the step
 
 
 class Concatenation:
-    """What a layer reads where tensors of several groups are concatenated, in this order, along the channels."""
+    """What a layer reads where tensors of several groups are concatenated, in this order, along the channels.
+
+    each: values of a channel that are read as so many channels, where maps were flattened.
+    """
 
     fixed = True  # its width is its parts'
 
-    def __init__(self, *parts: "WidthGroup | Concatenation"):
-        self.parts = tuple(g for part in parts for g in getattr(part, "parts", [part]))  # of a Concatenation, its own
+    def __init__(self, *parts: "WidthGroup | Concatenation", each: int = 1):
+        self.parts = tuple(g for part in parts for g in parts_of(part))  # of a Concatenation, its own
+        self.each = each
 
-    max = property(lambda self: sum(g.max for g in self.parts))
-    active = property(lambda self: sum(g.active for g in self.parts))
+    max = property(lambda self: self.each * sum(g.max for g in self.parts))
+    active = property(lambda self: self.each * sum(g.active for g in self.parts))
+
+    def cut(self, t: Tensor, dim: int) -> list[Tensor]:
+        """Views of what is in use of each part, in a dimension where every part has room for its full width."""
+        parts = zip(t.split([self.each * g.max for g in self.parts], dim), self.parts)
+        return [part.narrow(dim, 0, self.each * g.active) for part, g in parts]
 
 
-def input_channels(weight: Tensor, reads: WidthGroup | Concatenation) -> Tensor:
-    """(out, sum of max, ...) -> (out, sum of active, ...): in the weight every part of a concatenation has room for its full
-    width; what it does not use is left out, since in the input the parts lie side by side."""
-    if isinstance(reads, WidthGroup) or weight.shape[1] == reads.active:
-        return weight
-    parts = zip(weight.split([g.max for g in reads.parts], 1), reads.parts)
-    return torch.cat([part[:, : g.active] for part, g in parts], 1)
+def parts_of(channels: WidthGroup | Concatenation) -> tuple[WidthGroup, ...]:
+    return getattr(channels, "parts", (channels,))
+
+
+def used_parts(t: Tensor, channels: WidthGroup | Concatenation, dim: int) -> Tensor:
+    """(..., sum of max, ...) -> (..., sum of active, ...): of a concatenation's parts what is not used is left out, since in
+    the input they lie side by side. For a group, t itself: see `first_channels`."""
+    if isinstance(channels, WidthGroup) or t.shape[dim] == channels.active:
+        return t
+    return torch.cat(channels.cut(t, dim), dim)
 
 
 def first_channels(t: Tensor, *sizes: int) -> Tensor:
@@ -88,29 +107,50 @@ def first_channels(t: Tensor, *sizes: int) -> Tensor:
 
 
 class Conv2d(nn.Conv2d):
-    """`nn.Conv2d`, padded by kernel_size // 2, from the group it reads to the one it writes (depthwise: the same one).
+    """`nn.Conv2d` from the group it reads to the one it writes. A grouped convolution (depthwise: of one channel a part)
+    writes the group it reads, whose channels then come and go by whole parts.
 
-    Without a bias unless asked: BatchNorm, which mostly follows, has one.
+    Padded by kernel_size // 2, and without a bias, unless asked: BatchNorm, which mostly follows, has one.
     """
 
-    def __init__(self, reads, writes, kernel_size, stride=1, *, depthwise=False, bias=False):
-        if depthwise and (reads is not writes or isinstance(reads, Concatenation)):
-            raise ValueError("depthwise: such a convolution writes the group that it reads, which is no Concatenation")
-        groups = writes.max if depthwise else 1
-        super().__init__(reads.max, writes.max, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias)
-        self.reads, self.writes, self.depthwise = reads, writes, depthwise
+    def __init__(self, reads, writes, kernel_size, stride=1, *, depthwise=False, bias=False, padding=None, dilation=1,
+                 groups=1, padding_mode="zeros"):  # fmt: skip
+        groups = writes.max if depthwise else groups
+        if padding is None:
+            padding = tuple(d * (k // 2) for k, d in zip(_pair(kernel_size), _pair(dilation)))
+        if groups > 1 and not (reads is writes and writes.max % groups == 0 and in_steps(writes, writes.max // groups)):
+            raise ValueError("depthwise, groups: such a convolution writes the group that it reads, by whole parts")
+        super().__init__(reads.max, writes.max, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
+        self.reads, self.writes = reads, writes
 
-    def forward(self, x):
+    depthwise = property(lambda self: self.groups > 1)  # or of some channels a part: writes the group that it reads
+
+    def forward(self, input):
         i, o = self.reads.active, self.writes.active
-        groups = o if self.depthwise else 1
-        bias = None if self.bias is None else first_channels(self.bias, o)
-        weight = first_channels(input_channels(self.weight, self.reads), o, i // groups)
-        return F.conv2d(x, weight, bias, self.stride, self.padding, 1, groups)
+        weight, bias, padding, groups = self.weight, self.bias, self.padding, self.groups
+        if groups > 1:
+            groups = o * groups // self.out_channels
+            weight, bias = (t if t is None else used_parts(t, self.writes, 0) for t in (weight, bias))
+        else:
+            weight = used_parts(weight, self.reads, 1)
+        if self.padding_mode != "zeros":
+            input, padding = F.pad(input, self._reversed_padding_repeated_twice, self.padding_mode), 0
+        bias = None if bias is None else first_channels(bias, o)
+        return F.conv2d(input, first_channels(weight, o, i // groups), bias, self.stride, padding, self.dilation, groups)
 
     def plain(self):
-        i, o = self.reads.active, self.writes.active
-        groups = o if self.depthwise else 1
-        return nn.Conv2d(i, o, self.kernel_size, self.stride, self.padding, groups=groups, bias=self.bias is not None)
+        i, o, how = self.reads.active, self.writes.active, (self.kernel_size, self.stride, self.padding, self.dilation)
+        groups = o * self.groups // self.out_channels if self.groups > 1 else 1
+        return nn.Conv2d(i, o, *how, groups, self.bias is not None, self.padding_mode)
+
+
+def in_steps(channels: WidthGroup | Concatenation, step: int) -> bool:
+    """Lets the channels of every part come and go `step` at a time; False where they cannot."""
+    if step > 1 and (getattr(channels, "each", 1) > 1 or any(g.max % step for g in parts_of(channels))):
+        return False
+    for g in parts_of(channels):
+        g.step = math.lcm(g.step, step)
+    return True
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -122,37 +162,47 @@ class BatchNorm2d(nn.BatchNorm2d):
     it is 0 again (`joslim.calibrate_bn`).
     """
 
+    theirs = 0.1  # the momentum of what is extracted
+
     def __init__(self, group):
-        if isinstance(group, Concatenation):
-            raise ValueError("BatchNorm2d: normalises a group; normalise the parts before they are concatenated")
         super().__init__(group.max, momentum=0.0)
         self.reads = self.writes = group
 
-    def forward(self, x):
-        n = self.writes.active
+    def forward(self, input):
         mean = var = None
         if self.momentum or not self.training:
-            mean, var = first_channels(self.running_mean, n), first_channels(self.running_var, n)
-        weight, bias = first_channels(self.weight, n), first_channels(self.bias, n)
-        return F.batch_norm(x, mean, var, weight, bias, self.training, self.momentum, self.eps)
+            mean, var = self.used(self.running_mean), self.used(self.running_var)
+        training = self.training or mean is None
+        weight, bias = self.used(self.weight), self.used(self.bias)
+        out = F.batch_norm(input, mean, var, weight, bias, training, self.momentum, self.eps)
+        if self.training and mean is not None and isinstance(self.writes, Concatenation):  # they may be copies
+            for stat, new in ((self.running_mean, mean), (self.running_var, var)):
+                for part, value in zip(parts := self.writes.cut(stat, 0), new.split([len(part) for part in parts])):
+                    part.copy_(value)
+        return out
+
+    def used(self, t):
+        return None if t is None else first_channels(used_parts(t, self.writes, 0), self.writes.active)
 
     def plain(self):
-        return nn.BatchNorm2d(self.writes.active, self.eps)
+        return nn.BatchNorm2d(self.writes.active, self.eps, self.theirs, self.affine, self.track_running_stats)
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` from a group to `out_features` outputs, which are never slimmed."""
+    """`nn.Linear` from a group to another, or to a number of outputs, which are never slimmed."""
 
-    def __init__(self, reads, out_features):
-        super().__init__(reads.max, out_features)
-        self.reads, self.writes = reads, WidthGroup(out_features, fixed=True)
+    def __init__(self, reads, writes, bias=True):
+        writes = WidthGroup(writes, fixed=True) if isinstance(writes, int) else writes
+        super().__init__(reads.max, writes.max, bias)
+        self.reads, self.writes = reads, writes
 
-    def forward(self, x):
-        weight = input_channels(self.weight, self.reads)
-        return F.linear(x, first_channels(weight, self.out_features, self.reads.active), self.bias)
+    def forward(self, input):
+        i, o = self.reads.active, self.writes.active
+        weight = first_channels(used_parts(self.weight, self.reads, 1), o, i)
+        return F.linear(input, weight, None if self.bias is None else first_channels(self.bias, o))
 
     def plain(self):
-        return nn.Linear(self.reads.active, self.out_features)
+        return nn.Linear(self.reads.active, self.writes.active, self.bias is not None)
 
 
 def subsample(x: Tensor, stride: int, more: int) -> Tensor:
@@ -198,7 +248,8 @@ class Slimmable(nn.Sequential):
     """A network whose layers read and write width groups.
 
     Args:
-        layers: named children, run one after another.
+        layers: named children, run one after another; or one module, whose children and parameters become this
+            network's own, by the same names, and whose forward pass it runs.
         image: (channels, height, width) of one input, for the costs.
         divisor: channel counts are multiples of it, but for the full network's; of 8, they run faster on most processors.
 
@@ -206,6 +257,8 @@ class Slimmable(nn.Sequential):
         groups: the width groups that are slimmed, in the order of `named_modules()`; a[i] sets `groups[i]`.
         names: for each group, the first layer that writes it.
         num_widths: d, the length of a configuration.
+        kept: of a network that `slimmable` made: by name, the layers that keep their width, and why.
+        whole: the module, where `layers` is one.
         front: of a network that `load` returned, {"flops": (k,), ..., "top1": (k,), "widths": (k, d)}, by rising cost.
         statistics: of one, too: BatchNorm's for each row of the front (k, s), as `get_statistics` has them.
         data: of one, too: {"classes": names, "mean": ..., "std": ...} of the images.
@@ -213,27 +266,39 @@ class Slimmable(nn.Sequential):
     Raises ValueError, with the layer's name, where costs cannot be told from the layers: see `_require_wiring`.
     """
 
-    front = statistics = data = latency_table = None
+    front = statistics = data = latency_table = kept = whole = None
 
-    def __init__(self, layers: "OrderedDict[str, nn.Module]", image: tuple[int, int, int], divisor: int = 1):
-        super().__init__(layers)
+    def __init__(self, layers: "OrderedDict[str, nn.Module] | nn.Module", image: tuple[int, int, int], divisor: int = 1):
+        super().__init__(OrderedDict() if isinstance(layers, nn.Module) else layers)
+        whole = layers if isinstance(layers, nn.Module) else self
         self.image, self.divisor = image, divisor
         names = {}
-        for name, m in self.named_modules():
+        for name, m in whole.named_modules():
             if isinstance(m, LAYERS) and not m.writes.fixed:
                 names.setdefault(m.writes, name)
         self.groups, self.names = list(names), list(names.values())
         self.num_widths = len(self.groups)
         self._max = torch.tensor([g.max for g in self.groups], dtype=torch.float64)
+        self._step = torch.tensor([math.lcm(g.step, divisor) for g in self.groups], dtype=torch.float64)
+        if whole is not self:  # the same children and parameters hang on both
+            held = "training", "_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"
+            vars(self).update({k: vars(whole)[k] for k in held}, whole=whole)
         trace = _Trace(self, image)
-        _require_wiring(self, image, trace)
         self._flops, self._params, self._terms = _weight_tables(self, trace)
+        _require_wiring(self, image, trace)
         self._live = _activation_table(self, trace)
+
+    def forward(self, x):
+        if self.whole is None:
+            return super().forward(x)
+        self.whole.training = self.training
+        return self.whole(x)
 
     def set_widths(self, a: Tensor | float) -> None:
         """Run at configuration `a` (d,) in (0, 1]^d from now on; a float sets every group alike.
 
         Group i keeps its first divisor * round(a_i * max_i / divisor) channels, at least `divisor`; all of them at a_i = 1.
+        (Where a grouped convolution needs a multiple of its parts' channels, of that and of `divisor`.)
         Raises ValueError for a wrong length or a value outside (0, 1].
         """
         channels = self.channels(a)
@@ -255,11 +320,11 @@ class Slimmable(nn.Sequential):
         c = a * self._max.to(a.device)
         if relaxed:
             return c
-        most, n = self._max.to(a.device), self.divisor
+        most, n = self._max.to(a.device), self._step.to(a.device)
         return torch.where(a == 1, most, (c / n).round().clamp(min=1).mul(n).minimum(most))
 
     def flops(self, a: Tensor | float, relaxed: bool = False) -> Tensor:
-        """Multiply-accumulates of convolutions and linear layers for one image: a (..., d) -> (...,).
+        """Multiply-accumulates of convolutions and matrix products for one image: a (..., d) -> (...,).
 
         float64. `relaxed` skips the rounding of channel counts, which makes it differentiable in a.
         """
@@ -313,24 +378,31 @@ class Slimmable(nn.Sequential):
         c = _with_one(self.channels(a, relaxed))
         return ((c @ form.to(c.device)) * c).sum(-1)
 
-    def extract(self, a: Tensor | float | None = None) -> nn.Sequential:
-        """A plain network (nn.Conv2d, nn.BatchNorm2d, nn.Linear) with copies of the weights used at `a`.
+    def extract(self, a: Tensor | float | None = None) -> nn.Module:
+        """A plain network (nn.Conv2d, nn.BatchNorm2d, nn.Linear) with copies of the weights used at `a`: nn.Sequential, or
+        of the class that `slimmable` was given; the names of its weights are the same.
 
         None means the widths now set, which this call leaves as they were. The memory format is kept.
         Running statistics come along; they fit only the configuration that BatchNorm was last calibrated for.
         """
-        before = [g.active for g in self.groups]
+        before, mode = [g.active for g in self.groups], self.training
         try:
             if a is not None:
                 self.set_widths(a)
             plain = {id(m): _plain(m) for m in self.modules() if isinstance(m, LAYERS)}
             # deepcopy takes a module that its memo knows from there: every layer becomes its plain twin. (Here, since
             # a module of your own may hold a group, and is copied with the width it has now.)
-            children = [(name, copy.deepcopy(m, plain)) for name, m in self.named_children()]
+            if self.whole is None:
+                return nn.Sequential(OrderedDict((k, copy.deepcopy(m, plain)) for k, m in self.named_children())).train(mode)
+            net = _copy(self.whole, plain)
+            net.training = mode
+            for m in net.modules():
+                if isinstance(m, _BatchNorm):
+                    m.momentum = vars(m).pop("theirs", m.momentum)
+            return net
         finally:
             for g, n in zip(self.groups, before):
                 g.active = n
-        return nn.Sequential(OrderedDict(children)).train(self.training)
 
     def use(self, **budget: float) -> dict[str, float]:
         """Runs from now on at the front's best configuration within a budget, in eval mode: use(flops=0.5).
@@ -370,17 +442,258 @@ def round_up(costs: Tensor, digits: int) -> list[str]:
     return shown if len({*shown}) == len({*costs.tolist()}) or digits > 12 else round_up(costs, digits + 1)
 
 
+def _mixes(layer):
+    """Whether each of the layer's outputs is a sum over all channels that it reads."""
+    return isinstance(layer, (nn.Conv2d, nn.Linear)) and getattr(layer, "groups", 1) == 1
+
+
+def _copy(net, memo=()):
+    """A deep copy. What torch refuses to copy, tensors that a forward pass left in attributes, is detached in it."""
+    left = [t for m in net.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
+    return copy.deepcopy(net, {id(t): t.detach().clone() for t in left} | dict(memo))
+
+
 def _plain(layer):
     plain, state = layer.plain(), layer.state_dict()
-    if layer.reads is not layer.writes and "weight" in state:
-        state["weight"] = input_channels(state["weight"], layer.reads)
-    cut = {k: state[k][tuple(map(slice, v.shape))] for k, v in plain.state_dict().items()}
-    for p in layer.parameters():
-        plain.to(p.device, p.dtype).requires_grad_(p.requires_grad)
-    plain.load_state_dict(cut)
+    own = {k: v for k, v in vars(layer).items() if k not in vars(plain) and k not in ("reads", "writes", "theirs")}
+    vars(plain).update(copy.deepcopy(own), training=layer.training)  # `own`: what a forward pass may look for
+    for name, t in state.items():
+        if t.ndim:
+            t = used_parts(t, layer.writes, 0)
+            state[name] = used_parts(t, layer.reads, 1) if t.ndim > 1 and _mixes(layer) else t
+    cut = {k: state[k][tuple(map(slice, v.shape))].clone() for k, v in plain.state_dict().items()}
+    plain.load_state_dict(cut, assign=True)
+    for name, p in layer.named_parameters():
+        plain.get_parameter(name).requires_grad_(p.requires_grad)
     if any(p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last) for p in layer.parameters()):
         plain.to(memory_format=torch.channels_last)
     return plain
+
+
+# ------------------------------------------------------------------------------ how groups are found
+
+
+def slimmable(net: nn.Module, image: tuple[int, int, int], divisor: int = 1, fixed: tuple[str, ...] = ()) -> Slimmable:
+    """A slimmable copy of an ordinary network: at full width it computes what `net` does, and its weights have their names.
+
+    Its convolutions, BatchNorms and Linears become this file's, which read and write the groups that `_Watch` finds. What
+    cannot be slimmed keeps its width; `kept` has, for each such layer, the reason.
+
+    Args:
+        image: (channels, height, width) of one input.
+        fixed: names of modules whose outputs are to keep their channels.
+    Raises ValueError, with a layer's name, for a network that cannot be watched (its forward pass looks at values, say),
+    that calls a BatchNorm twice, or does not run at other widths (a number of channels is written into its forward pass:
+    then name the layer before it in `fixed`).
+    """
+    net = _copy(net)
+    watch = _Watch(net, image, fixed)
+    for m, (reads, writes) in watch.layers.items():
+        if isinstance(m, nn.BatchNorm2d) or not all(g.fixed for c in (reads, writes) for g in parts_of(c)):
+            m.__class__ = watch.TWINS[type(m)]  # weights and settings stay
+            m.reads, m.writes = reads, writes
+    for m in net.modules():
+        if isinstance(m, _BatchNorm):
+            m.theirs, m.momentum = m.momentum, 0.0
+    out = Slimmable(net, image, divisor)
+    out.kept = watch.kept
+    return out
+
+
+class _Watch(TorchDispatchMode):
+    """Which groups do an ordinary network's layers read and write? Seen in a forward pass on the meta device.
+
+    A convolution writes a new group. Tensors carry it on: through BatchNorm, activation functions, pooling. Where two
+    tensors are added or multiplied, each channel of one meets the same channel of the other: one of their groups becomes
+    the other. What reads concatenated tensors reads a `Concatenation`.
+
+        x = conv1(image)                         conv1 writes a
+        y = conv3(relu(bn(conv2(x))))            conv2 reads a and writes b, as does bn; conv3 reads b and writes c
+        z = x + y                                c becomes a: that is what conv3 writes
+        conv4(torch.cat([z, conv2(z)], 1))       conv4 reads (a, b)
+
+    Any other operation fixes what it reads, and so does the end of the network. A second pass shows what happens in
+    training alone.
+
+    layers: of each layer what it reads and what it writes.
+    kept: of each layer that keeps its width, by name, the reason.
+    """
+
+    TWINS = {nn.Conv2d: Conv2d, nn.BatchNorm2d: BatchNorm2d, nn.Linear: Linear}
+    # What is done to each value (as what torch tags so), and what makes maps of other sizes of each map alone.
+    POINTWISE = {*"""hardswish hardswish_ mish_ _prelu_kernel expand copy_ detach alias _to_copy native_dropout bernoulli_
+                     fill_ zero_ empty_like zeros_like ones_like full_like rand_like randn_like masked_fill masked_fill_
+                     where""".split()}  # fmt: skip
+    SPATIAL = {*"""max_pool2d_with_indices avg_pool2d _adaptive_avg_pool2d adaptive_max_pool2d reflection_pad2d
+                   replication_pad2d upsample_nearest2d _upsample_nearest_exact2d upsample_bilinear2d upsample_bicubic2d
+                   new_empty""".split()}  # fmt: skip
+    ALONG = {"slice", "select", "squeeze", "unsqueeze"}  # the dimensions that are their second argument
+    REDUCE = {"mean", "sum", "amax", "amin", "max", "min"}
+    VIEW = {"view", "_unsafe_view", "_reshape_alias"}
+
+    def __init__(self, net, image, fixed):
+        super().__init__()
+        self.modules, self.layers, self.became, self.carried, self.alive = dict(net.named_modules()), {}, {}, {}, []
+        self.to_fix, self.name, self.inside = {*fixed}, "the image", None
+        if self.to_fix - self.modules.keys():
+            raise ValueError(f"fixed: the network has no module {min(self.to_fix - self.modules.keys())!r}")
+        places = Counter((_storage(t), t.storage_offset()) for m in net.modules() for t in _weights(m))
+        shared = {m for m in net.modules() if any(places[_storage(t), t.storage_offset()] > 1 for t in _weights(m))}
+        self.odd = {m: why for m in net.modules() if (why := self.oddity(m) or m in shared and "shares its weights")}
+        for self.training in (False, True):
+            try:  # two images: BatchNorm needs them in training, and the batch is not taken for a dimension of one
+                out = _run_on_meta(net, self, 2, image, self.training)
+            except ValueError:
+                if not self.training:
+                    raise
+                break  # in training it takes labels, say: what was seen in eval() must do
+            for t in tree_leaves(out):
+                if isinstance(t, Tensor):
+                    self.fix("is an output of the network", t)
+                elif not isinstance(t, (int, float, str, type(None))):
+                    self.fix(f"may be in the network's output, a {type(t).__name__}", *self.alive)
+        once = {}  # what has the same parts is to be the same
+        for m, pair in self.layers.items():
+            for c in (pair := [once.setdefault((c.parts, c.each), c) for c in map(self.now, pair)]):
+                for g in c.parts:
+                    g.fixed = g.fixed or g.step == g.max and "has no channels that could be left out"
+            self.layers[m] = [c.parts[0] if len(c.parts) == c.each == 1 else c for c in pair]
+        self.kept = {}
+        for name, m in self.modules.items():
+            if m in self.layers:  # where BatchNorm goes by what it reads
+                reasons = [g.fixed for g in parts_of(self.layers[m][1]) if not isinstance(m, nn.BatchNorm2d)]
+            else:
+                several = not m._modules and any(p.numel() > 1 for p in m.parameters()) or isinstance(m, nn.Conv2d)
+                reasons = [self.odd.get(m, "is not called")] if several else []
+            if reasons and all(reasons):
+                self.kept[name] = reasons[0]
+
+    def oddity(self, m):
+        """Why the layer is none of torch's own, as it comes from there."""
+        if type(m) not in self.TWINS:
+            return f"is a {type(m).__name__}"
+        hung = any(v for k, v in vars(m).items() if k.endswith("_hooks") or k == "_modules" or callable(v))
+        more = {*m._parameters, *m._buffers} - {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+        return (hung or more) and "has something of its own hung on it"
+
+    def now(self, c):
+        """The Concatenation with, for each part, the group that it has become."""
+        parts = list(c.parts)
+        for i, g in enumerate(parts):
+            while g in self.became:
+                parts[i] = g = self.became[g]
+        return Concatenation(*parts, each=c.each)
+
+    def channels(self, t):
+        """What the tensor carries, now. A fixed group where that is nothing, or its shape was changed in place since."""
+        c = self.carried.get(id(t))
+        if c and t.shape[1:2] == (c.max,):
+            return self.now(c)
+        return Concatenation(WidthGroup(t.shape[1], f"meets what no layer wrote, after {self.name}"))
+
+    def carry(self, t, c):
+        self.carried[id(t)] = c
+        self.alive.append(t)  # so that no id comes twice
+
+    def fix(self, why, *those):
+        """Tensors, or Concatenations."""
+        for c in [c if isinstance(c, Concatenation) else self.carried.get(id(c)) for c in those]:
+            for g in self.now(c).parts if c else ():
+                g.fixed = g.fixed or why
+
+    def unite(self, a, b, why):
+        """Each channel of a meets the same one of b: their groups become one. Where they do not pair, they are fixed."""
+        if [g.max for g in a.parts] != [g.max for g in b.parts] or a.each != b.each:
+            return self.fix(f"{why}, beside other groups", a, b)
+        for i in range(len(a.parts)):
+            one, two = self.now(a).parts[i], self.now(b).parts[i]
+            if one is not two:
+                self.became[two] = one
+                one.fixed, one.step = one.fixed or two.fixed, math.lcm(one.step, two.step)
+
+    def enter(self, name, m, *inputs):
+        self.name = name
+        if m not in self.odd:
+            self.inside = m  # a layer's own operations are not looked at
+
+    def leave(self, name, m, out, *inputs):
+        if self.inside is m:
+            self.inside = None
+            if out is not None:  # as it is after an error
+                self.layer(name, m, inputs[0], out)
+        if name in self.to_fix:
+            self.fix("is named in `fixed`", *tree_leaves(out))
+
+    def layer(self, name, m, x, out):
+        known, grouped = self.layers.get(m), getattr(m, "groups", 1) > 1
+        if self.training and not known:
+            self.odd[m] = "is called in training alone"
+        elif out.ndim != (2 if isinstance(m, nn.Linear) else 4):
+            self.odd[m] = f"is called with {out.ndim} dimensions"
+        elif grouped and (m.in_channels != m.out_channels or not in_steps(self.channels(x), m.in_channels // m.groups)):
+            self.odd[m] = "is a grouped convolution from and to different channels"
+        else:
+            reads = writes = self.channels(x)
+            if _mixes(m):
+                writes = known[1] if known else Concatenation(WidthGroup(out.shape[1]))
+            if known:
+                self.unite(known[0], reads, f"goes into {name} again")
+            self.layers[m] = reads, writes
+            return self.carry(out, writes)
+        self.fix(f"goes into {name}, which {self.odd[m]}", x, *known or ())
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        args, kwargs, read = _on_meta(args, kwargs or {})
+        out, name = op(*args, **kwargs), op._schema.name.removeprefix("aten::")
+        if self.inside:
+            return out
+        for t in read:
+            owner = self.modules.get(self.weights.get(_storage(t)))
+            if owner not in (None, *self.odd):
+                self.odd[owner] = f"has weights that go into {name}, too"
+                self.fix(self.odd[owner], *self.layers.get(owner, ()))
+        carried, made = [t for t in read if id(t) in self.carried], [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        if carried:
+            why = f"goes into {name} after {self.name}"
+            c = self.follow(op, name, args, read, carried, made, why)
+            if c is None:
+                self.fix(why, *carried)
+            for t in made if c else ():
+                self.carry(t, c)
+        return out
+
+    def follow(self, op, name, args, read, carried, made, why):
+        """What all that an operation made carries: a Concatenation, or () for nothing. None: of this nothing is known."""
+        if not made or any(t.shape[1:2] != (self.carried[id(t)].max,) for t in carried):
+            return None
+        x, y, given = carried[0], made[0], args[1] if len(args) > 1 else None
+        c = self.channels(x)
+        if name == "cat" and given in (1, 1 - y.ndim):
+            parts = [self.channels(t) for t in read if t.numel()]
+            return Concatenation(*parts, each=c.each) if {part.each for part in parts} == {c.each} else None
+        if torch.Tag.pointwise in op.tags or name in self.POINTWISE or name == "cat":
+            meet = [t for t in read if t.ndim >= y.ndim - 1 and t.shape[t.ndim - y.ndim + 1] == y.shape[1]]  # not broadcast
+            if any(t.ndim != y.ndim for t in carried) or not meet:
+                return None
+            c, *others = [self.channels(t if t.ndim == y.ndim else t[None]) for t in meet]
+            for other in others:
+                self.unite(c, other, why)
+            return c
+        if name in self.VIEW:  # a channel's values lie side by side: so many more or fewer of them become channels
+            entries = c.each * y.shape[1] if y.ndim > 1 and len(y) == len(x) else 1
+            return Concatenation(*c.parts, each=entries // x.shape[1]) if entries % x.shape[1] == 0 else None
+        known = name in self.SPATIAL and x.ndim == 4 or name == "slice" and y.shape == x.shape
+        if name == "constant_pad_nd":
+            known = not any(given[2 * (x.ndim - 2) :])
+        elif name in self.ALONG | self.REDUCE:
+            dims = [given] if isinstance(given, int) else given or (range(x.ndim) if name in self.REDUCE else [0])
+            dims = {d % (x.ndim + (name == "unsqueeze")) for d in dims}
+            if name in self.REDUCE and 1 in dims:  # of all channels something: of no group's width
+                for t in made[1:]:
+                    self.carry(t, Concatenation(*c.parts, each=0))  # which channel it is: whatever follows, they are fixed
+                return ()
+            known = known or min(dims) > 1
+        return c if known and y.shape[:2] == x.shape[:2] else None
 
 
 # ------------------------------------------------------------------------------ the architectures
@@ -523,10 +836,11 @@ def build(arch: str, num_classes: int, image_size: int, in_channels: int = 3, di
 
     Args:
         arch: one of ARCHS. resnet8 to resnet56 in steps of 12 are the CIFAR form (three stages), the
-            other ResNets and mbv2 the ImageNet form with torchvision's parameter names.
+            other ResNets and mbv2 the ImageNet form with torchvision's parameter names. Or the name of any
+            classification network of torchvision, which `slimmable` takes as it is.
         image_size: height and width of the square inputs, for the costs.
         divisor: channel counts are multiples of it.
-    Raises ValueError for an unknown arch or a count below 1.
+    Raises ValueError for an unknown arch, a count below 1, or images too small for the network.
     """
     counts = dict(num_classes=num_classes, image_size=image_size, in_channels=in_channels, divisor=divisor)
     for name, value in counts.items():
@@ -536,26 +850,46 @@ def build(arch: str, num_classes: int, image_size: int, in_channels: int = 3, di
     if arch == "mbv2":
         return mobilenet_v2(num_classes, image, divisor)
     if arch not in RESNETS:
-        raise ValueError(f"arch: unknown {arch!r}, choose from {', '.join(ARCHS)}")
+        return slimmable(_torchvisions(arch, num_classes, image), image, divisor)
     block, depths = RESNETS[arch]
     return resnet(block, depths, num_classes, image, divisor, cifar=len(depths) == 3)
+
+
+def _torchvisions(arch, num_classes, image):
+    """A network of torchvision's, without auxiliary heads, for images of so many channels."""
+    import torchvision  # here, since all else does without it
+
+    if arch not in torchvision.models.list_models(torchvision.models):
+        raise ValueError(f"arch: unknown {arch!r}, choose from {', '.join(ARCHS)} or torchvision's classification networks")
+    of_size = {"image_size": image[1]} if arch.startswith("vit_") else {"input_size": image[1:]} if "maxvit" in arch else {}
+    whole = {"aux_logits": False, "init_weights": True} if arch in ("googlenet", "inception_v3") else {}
+    net = torchvision.models.get_model(arch, weights=None, num_classes=num_classes, **of_size, **whole)
+    first = next(m for m in net.modules() if isinstance(m, nn.Conv2d))
+    if first.in_channels != image[0]:
+        first.in_channels, weight = image[0], first.weight.detach()[:, torch.arange(image[0]) % first.in_channels]
+        first.weight = nn.Parameter(weight)
+    return net
 
 
 # ------------------------------------------------------------------------------ the deployable file
 
 
 def _norms(net):
-    return [m for m in net.modules() if isinstance(m, BatchNorm2d)]
+    return [m for m in net.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
 
 
 def get_statistics(net: Slimmable) -> Tensor:
     """All running means and variances as one vector (s,), s twice the sum of all BatchNorms' channels."""
+    if not _norms(net):
+        return next(net.parameters()).new_zeros(0)
     return torch.cat([t for m in _norms(net) for t in (m.running_mean, m.running_var)])
 
 
 def set_statistics(net: Slimmable, vector: Tensor) -> None:
     """Sets what `get_statistics` gave: new buffers, as others (a copy, a process, a thread) may hold the old ones."""
     norms = _norms(net)
+    if not norms:
+        return
     parts = vector.to(norms[0].running_mean, copy=True).split([len(m.running_mean) for m in norms for _ in range(2)])
     for m, mean, var in zip(norms, parts[::2], parts[1::2]):
         m.running_mean, m.running_var = mean, var
@@ -584,16 +918,23 @@ def read_tensors(path: str) -> dict:
 
 
 @torch.inference_mode(False)  # what is loaded within one serves outside as well
-def load(path: str, device: torch.device | str = "cpu") -> Slimmable:
+def load(path: str, device: torch.device | str = "cpu", net: nn.Module | None = None) -> Slimmable:
     """The network of a front.pt, with its front: see `Slimmable.use`. In eval mode, at full width.
 
+    net: where it is of your own code, one such network, whose weights do not matter.
     `net.data` holds the names of the classes, and mean and deviation of the images: they are to be
     (image / 255 - mean) / std. Raises as `read_tensors`, and ValueError for another file of torch's.
     """
     state = read_tensors(path)
     if not isinstance(state, dict) or not {"network", "model", "front", "statistics", "data", "cost"} <= state.keys():
         raise ValueError(f"{path}: not a front.pt, which train.py writes when a run is done")
-    net = build(**state["network"])
+    how = state["network"]
+    if net is None and ":" in how["arch"]:
+        raise ValueError(f"{path}: weights of {how['arch']}, a network of your own: load(..., net=...) needs one such")
+    if net is None:
+        net = build(**how)
+    elif not isinstance(net, Slimmable):
+        net = slimmable(net, (how["in_channels"], how["image_size"], how["image_size"]), how["divisor"])
     net.load_state_dict(state["model"])
     net.front, net.statistics, net.data = state["front"], state["statistics"].to(device), state["data"]
     net.latency_table = state["latency"]
@@ -611,32 +952,41 @@ def sort_channels(net: Slimmable) -> None:
     The full network's outputs stay the same.
 
     Readers' input channels, and writers' output channels with BatchNorm's vectors, get the same permutation. Call it before
-    training. A channel's importance is the sum of the absolute weights that read it. Groups that a parameter-free shortcut
-    joins stay as they are: their channels must go on meeting.
+    training. A channel's importance is the sum of the absolute weights that read it; where channels come and go by a
+    grouped convolution's parts, so do they here. Groups that a parameter-free shortcut joins stay as they are: their
+    channels must go on meeting.
     """
     layers = [m for m in net.modules() if isinstance(m, LAYERS)]
     joined = {g for m in layers if isinstance(m, Shortcut) for g in (m.reads, m.writes)}
     for group in net.groups:
-        readers = [(m, start) for m in layers for start in _starts(m, group)]
+        readers = [m for m in layers if _mixes(m) and group in parts_of(m.reads)]
         if group in joined or not readers:
             continue
-        parts = [m.weight.detach()[:, start : start + group.max] for m, start in readers]  # (out, group's channels, ...)
-        order = sum(part.abs().transpose(0, 1).flatten(1).sum(1) for part in parts).argsort(descending=True)
+        read = [(m.reads, m.weight.detach().abs().transpose(0, 1).flatten(1).sum(1)) for m in readers]
+        weight = sum(part.sum(1) for channels, t in read for part in _entries(t, channels, group))
+        order = weight.view(-1, group.step).sum(1).argsort(descending=True)
+        order = torch.arange(group.max, device=order.device).view(-1, group.step)[order].flatten()
         with torch.no_grad():
-            for m, start in readers:
-                m.weight[:, start : start + group.max] = m.weight[:, start : start + group.max][:, order]
+            for m in readers:
+                m.weight.copy_(m.weight[:, _sorted(m.reads, group, order)])
             for m in layers:
-                for t in m.state_dict().values() if m.writes is group else ():
+                for t in m.state_dict().values() if group in parts_of(m.writes) else ():
                     if t.ndim:
-                        t.copy_(t[order])
+                        t.copy_(t[_sorted(m.writes, group, order)])
 
 
-def _starts(layer, group):
-    """Where in the layer's input channels those of the group begin; not for what writes the group that it reads."""
-    if isinstance(layer, (BatchNorm2d, Shortcut)) or getattr(layer, "depthwise", False):
-        return []
-    parts = layer.reads.parts if isinstance(layer.reads, Concatenation) else [layer.reads]
-    return [sum(g.max for g in parts[:k]) for k, part in enumerate(parts) if part is group]
+def _entries(t, channels, group):
+    """Views (group.max, each) of those of t (channels.max,) that are the group's: none, or several in a concatenation."""
+    each, parts = getattr(channels, "each", 1), parts_of(channels)
+    return [one.view(-1, each) for one, g in zip(t.split([g.max * each for g in parts]), parts) if g is group]
+
+
+def _sorted(channels, group, order):
+    """The index (channels.max,) that puts the group's channels into the order, and leaves the others where they are."""
+    index = torch.arange(channels.max, device=order.device)
+    for entries in _entries(index, channels, group):
+        entries.copy_(entries[order])
+    return index
 
 
 # ------------------------------------------------------------------------------ latency
@@ -696,6 +1046,50 @@ def _with_one(c):
     return F.pad(c, (0, 1), value=1.0)
 
 
+def _weights(m):
+    return [t for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+
+
+def _storage(t):
+    return t.untyped_storage()._cdata
+
+
+def _on_meta(args, kwargs):
+    """An operation's arguments, all on the meta device if any is; and the tensors among them."""
+    if any(isinstance(t, Tensor) and t.is_meta for t in tree_leaves((args, kwargs))):
+        args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
+    return args, kwargs, [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+
+
+def _run_on_meta(net, mode, count, image, training=False):
+    """What the network makes of so many images on the meta device, where no arithmetic is done: seen by `mode`, whose
+    `enter` and `leave` are told of every module's call. mode.weights: for each weight's storage its module's name."""
+    net = getattr(net, "whole", None) or net  # in which no name stands for anything else
+    copies = {id(t): t.to("meta") for m in net.modules() for t in _weights(m)}
+    state = {f"{name}.{k}".lstrip("."): copies[id(t)] for name, m in net.named_modules()  # each module once, by one name
+             for k, t in (m._parameters | m._buffers).items() if t is not None}  # fmt: skip
+    mode.weights = {_storage(t): k.rpartition(".")[0] for k, t in state.items()}
+    dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), None)
+    x = torch.empty(count, *image, device="meta", dtype=dtype)
+    before, hooks = [(m, m.training) for m in net.modules()], []
+    enter = lambda name, m, args, kwargs: mode.enter(name, m, *args, *kwargs.values())  # noqa: E731
+    leave = lambda name, m, args, kwargs, out: mode.leave(name, m, out, *args, *kwargs.values())  # noqa: E731
+    try:
+        for name, m in net.named_modules():
+            m.training = training
+            hooks.append(m.register_forward_pre_hook(functools.partial(enter, name), with_kwargs=True))
+            hooks.append(m.register_forward_hook(functools.partial(leave, name), with_kwargs=True, always_call=True))
+        with torch.no_grad(), mode:
+            return torch.func.functional_call(net, state, x, tie_weights=False)
+    except Exception as e:  # whatever a network of one's own may raise
+        raise ValueError(f"after {mode.name}: {e}") from e
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for m, was in before:
+            m.training = was
+
+
 class _Trace(TorchDispatchMode):
     """One image's way through the network at the widths now set, on the meta device, where no arithmetic is done.
 
@@ -716,74 +1110,80 @@ class _Trace(TorchDispatchMode):
 
     def __init__(self, net, image):
         super().__init__()
-        state = {k: v.to("meta") for k, v in (*net.named_parameters(), *net.named_buffers())}
-        self.weights = {self.storage(w) for w in state.values()}
-        self.calls, self.seen, self.lives, self.operations, self.name = [], [], {}, 0, "the image"
-        x, training, hooks = torch.empty(1, *image, device="meta"), net.training, []
-        self.meet(x, WidthGroup(image[0], fixed=True))
-        for name, layer in net.named_modules():
-            if isinstance(layer, LAYERS):
-                hooks.append(layer.register_forward_pre_hook(functools.partial(self.enter, name)))
-                hooks.append(layer.register_forward_hook(functools.partial(self.leave, name)))
-        try:
-            with torch.no_grad(), self:
-                torch.func.functional_call(net.eval(), state, x)
-        except (RuntimeError, TypeError) as e:
-            raise ValueError(f"after {self.name}: {e}") from e
-        finally:
-            net.train(training)
-            for hook in hooks:
-                hook.remove()
+        self.calls, self.seen, self.lives, self.operations, self.macs, self.name = [], [], {}, 0, 0, "the image"
+        self.times, self.inside = Counter(), None
+        _run_on_meta(net, self, 1, image)
         self.lives = list(self.lives.values())
 
-    def enter(self, name, layer, inputs):
-        shape, linear = inputs[0].shape, isinstance(layer, Linear)
-        if len(shape) != (2 if linear else 4) or shape[1] != layer.reads.active:
-            raise ValueError(f"{name}: reads a group of which {layer.reads.active} channels are in use, "
-                             f"got an input of shape {tuple(shape)}")  # fmt: skip
-        carried = self.lives[self.storage(inputs[0])][0]
-        if isinstance(carried, Concatenation) and carried.parts != getattr(layer.reads, "parts", ()):
-            raise ValueError(f"{name}: reads something else than the Concatenation of groups that it gets")
-        self.name = name
+    def enter(self, name, layer, x=None, *more):
+        if not self.times:
+            self.meet(x, None)
+        self.times[layer] += 1
+        if not isinstance(layer, LAYERS):
+            return
+        shape, reads = x.shape[-1:] if isinstance(layer, Linear) else x.shape[1:2] * (x.ndim == 4), layer.reads
+        if shape != (reads.active,):
+            raise ValueError(f"{name}: reads a group of which {reads.active} channels are in use, "
+                             f"got an input of shape {tuple(x.shape)}")  # fmt: skip
+        carried = self.lives[_storage(x)][0]
+        if isinstance(carried, Concatenation) and carried.active == carried.max:  # at other widths it is a guess
+            (n, places), (m, expected) = _places(carried), _places(reads)
+            if n == m and places != expected:
+                raise ValueError(f"{name}: reads something else than the Concatenation of groups that it gets")
+        self.name, self.inside = name, layer
 
-    def leave(self, name, layer, inputs, out):
-        self.calls.append((name, layer, out[0, 0].numel(), inputs[0][0, 0].numel()))
-        self.lives[self.storage(out)][0] = layer.writes
-
-    def storage(self, t):
-        return t.untyped_storage()._cdata
+    def leave(self, name, layer, out, x=None, *more):
+        if isinstance(layer, LAYERS) and out is not None:
+            self.calls.append((name, layer, out.numel() // layer.writes.active, x.numel() // layer.reads.active))
+            self.lives[_storage(out)][0] = layer.writes
+        self.inside = None
 
     def meet(self, t, group):
-        life = self.lives.setdefault(self.storage(t), [group, t.numel(), self.operations, self.operations, self.name])
+        values = t.untyped_storage().nbytes() // t.element_size()
+        life = self.lives.setdefault(_storage(t), [group, values, self.operations, self.operations, self.name])
         life[3] = self.operations
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        if op._schema.name.endswith("_") and not any(isinstance(t, Tensor) for t in args[1:]):
+        args, kwargs, read = _on_meta(args, kwargs or {})
+        if op._schema.name.endswith("_") and len(read) == 1 and torch.Tag.pointwise in op.tags:
             out = args[0]  # an activation function in place: on the meta device there is nothing to do, but slowly
         else:
-            out = op(*args, **(kwargs or {}))
-        read, made = ([t for t in tree_flatten(part)[0] if isinstance(t, Tensor)] for part in ((args, kwargs), out))
-        if read and all(self.storage(t) in self.weights for t in read):
-            self.weights |= {self.storage(t) for t in made}  # a cut weight is one
+            out = op(*args, **kwargs)
+        if op._overloadpacket in flop_registry:
+            self.macs += flop_registry[op._overloadpacket](*args, **kwargs, out_val=out) // 2
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        if self.inside and read and all(_storage(t) in self.weights for t in read):
+            self.weights |= {_storage(t): "" for t in made}  # a cut weight is one
         # Statistics are vectors and pooling's indices integers: neither is an activation.
-        activations = [
-            t for t in read + made if t.ndim > 1 and t.is_floating_point() and self.storage(t) not in self.weights
-        ]
-        carried = [self.lives.get(self.storage(t), [None])[0] for t in activations if t not in set(made)]
-        joins = op is torch.ops.aten.cat.default and None not in carried and (args[1:] or (0,))[0] == 1
-        for t in activations:  # an output has its input's channels (a pooling's, say), unless a layer knows better
-            self.meet(t, Concatenation(*carried) if joins else carried[0] if carried else None)
+        activations = [t for t in read + made if t.ndim > 1 and t.is_floating_point() and _storage(t) not in self.weights]
+        carried = [(self.lives.get(_storage(t), [None])[0], t) for t in activations if t not in set(made)]
+        # An output has the channels of the input that is its size (not of what is broadcast), unless a layer knows better.
+        carries = next((g for g, t in carried if made and t.shape == made[0].shape), carried[0][0] if carried else None)
+        if op is torch.ops.aten.cat.default and args[1:] in ((1,), (1 - out.ndim,)):
+            # A part that does not carry a group's channels, or not as many values of each as the others, is taken to be fixed.
+            each = max((t.shape[1] // g.active for g, t in carried if g), default=1) or 1
+            carries = Concatenation(*(g if g and g.active * each == t.shape[1] else WidthGroup(-(-t.shape[1] // each), True)
+                                      for g, t in carried), each=each)  # fmt: skip
+        for t in activations:
+            self.meet(t, carries)
         self.seen += read + made  # kept alive, so that no storage's address comes twice
         self.operations += 1
         return out
 
 
+def _places(channels):
+    """How many channels there are, without what each is made of; and where among them those of slimmed groups begin."""
+    parts = parts_of(channels)
+    starts = itertools.accumulate((g.max for g in parts), initial=0)
+    return sum(g.max for g in parts), [(start, g) for start, g in zip(starts, parts) if not g.fixed]
+
+
 def _count(net, group):
     """The group's channels as a vector v: v' (c, 1). Fixed ones are a multiple of the 1, a concatenation its parts' sum."""
     v = torch.zeros(net.num_widths + 1, dtype=torch.float64)
-    for g in group.parts if isinstance(group, Concatenation) else [group]:
+    for g in parts_of(group) if group else [None]:
         place, factor = (net.groups.index(g), 1) if g in net.groups else (net.num_widths, g.max if g else 1)
-        v[place] += factor
+        v[place] += factor * getattr(group, "each", 1)
     return v
 
 
@@ -802,12 +1202,13 @@ def _weight_tables(net, trace):
     flops, params = (torch.zeros(2 * [net.num_widths + 1], dtype=torch.float64) for _ in range(2))
     known, terms = set(), {"constant": torch.outer(one, one)}
     for _, layer, pixels, pixels_read in trace.calls:
-        depthwise = getattr(layer, "depthwise", False)
         read, written = _count(net, layer.reads), _count(net, layer.writes)
-        kind = type(layer), getattr(layer, "kernel_size", 1), getattr(layer, "stride", 1), depthwise, pixels
+        kind = type(layer), getattr(layer, "kernel_size", 1), getattr(layer, "stride", 1), _mixes(layer), pixels
         for p in layer.parameters(recurse=False):
-            matrix = p.ndim > 1  # a vector's size, like a depthwise kernel's, goes with one group only
-            size = torch.outer(read if matrix and not depthwise else one, written) * (p[0, 0].numel() if matrix else 1)
+            matrix = p.ndim > 1  # a vector's size, like a grouped convolution's kernels', goes with one group only
+            size = torch.outer(read if matrix and _mixes(layer) else one, written)
+            if matrix:
+                size *= p[0, 0].numel() if _mixes(layer) else p[0].numel()
             if layer not in known:
                 params += size
             if matrix:
@@ -816,6 +1217,10 @@ def _weight_tables(net, trace):
                                     ("writes", torch.outer(one, written) * pixels)):  # fmt: skip
                     terms[what, kind] = terms.get((what, kind), 0) + value
         known.add(layer)
+    full = _with_one(net._max)
+    others = {p for m in net.modules() if not isinstance(m, LAYERS) for p in m.parameters(recurse=False)}
+    params[-1, -1] += sum(p.numel() for p in others)  # of no group: constants, as are
+    flops[-1, -1] += trace.macs - full @ flops @ full  # the products that no layer of ours makes
     return flops, params, torch.stack(list(terms.values()))
 
 
@@ -832,37 +1237,50 @@ def _activation_table(net, trace):
 def _require_wiring(net, image, full):
     """Raises ValueError, naming the layer, unless the costs, found at full width, hold at other widths.
 
-    Two configurations are tried in which groups differ: what only fits at full width (two tensors concatenated and
-    read as one group, two groups added) fits at neither.
+    Configurations are tried in which groups differ: what only fits at full width (two tensors concatenated and read as
+    one group, two groups added) fits at none of them.
     """
-    called = [layer for _, layer, *_ in full.calls]
     for name, m in net.named_modules():
-        if not isinstance(m, LAYERS):
-            p = next((p for p, _ in m.named_parameters(recurse=False)), None)
-            if p:
-                raise ValueError(f"{name}.{p}: a parameter of {type(m).__name__}, which neither widths nor costs know of; "
-                                 f"use {', '.join(layer.__name__ for layer in LAYERS[:3])} of this file")  # fmt: skip
-        elif called.count(m) != 1 and (m not in called or isinstance(m, BatchNorm2d)):
-            raise ValueError(f"{name}: called {called.count(m)} times; a BatchNorm2d's statistics belong to one place, "
+        n = full.times[m]
+        if isinstance(m, LAYERS) and not n or isinstance(m, _BatchNorm) and n > 1 and m.running_mean is not None:
+            raise ValueError(f"{name}: called {n} times; a BatchNorm's statistics belong to one place, "
                              "and the costs of what is not called are unknown")  # fmt: skip
-    along = torch.linspace(0, 1, net.num_widths)
-    mixed = (0.99 - 0.618 * torch.arange(net.num_widths)) % 1  # the golden ratio: neighbours are far from each other
     # For each activation, the groups with which its size goes; None: with no group's.
     fits = [{None, life[0], *net.groups} for life in full.lives]
     try:
-        for share in (along, mixed):
-            for group, s in zip(net.groups, share.tolist()):
-                group.active = 1 + round(s * (group.max - 1))
-            lives = _Trace(net, image).lives
-            if len(lives) != len(full.lives):
+        for counts in _configurations(net):
+            for group, n in zip(net.groups, counts.tolist()):
+                group.active = n
+            trace = _Trace(net, image)
+            if len(trace.lives) != len(full.lives):
                 raise ValueError("another number of activations at other widths: the network must do the same at all")
-            for carries, (_, most, *_, name), (_, numel, *_) in zip(fits, full.lives, lives):
+            for carries, (_, most, *_, name), (_, numel, *_) in zip(fits, full.lives, trace.lives):
                 carries &= {g for g in carries if numel * (g.max if g else 1) == most * (g.active if g else 1)}
                 if not carries:
                     raise ValueError(f"after {name}: a tensor whose size goes with the width of no group")
+            c = _with_one(counts.double())
+            if trace.macs != c @ net._flops @ c:
+                raise ValueError("FLOPs that go with the width of no group: a product that no layer of this file makes")
     finally:
         for group in net.groups:
             group.active = group.max
     for life, carries in zip(full.lives, fits):
         if life[0] not in carries:  # a map that is the mean over channels, say
             life[0] = next(g for g in (None, *net.groups) if g in carries)
+
+
+def _configurations(net):
+    """Random channel counts (d,): as many as it takes until every two groups have differed in their share of channels.
+
+    With several channels each, or both ways round: one alone is broadcast, and seems to fit.
+    """
+    most, step = (torch.tensor([getattr(g, k) for g in net.groups], dtype=torch.int64) for k in ("max", "step"))
+    steps, random, tried, larger = most // step, torch.Generator().manual_seed(0), 0, torch.zeros(2 * [len(most)]).bool()
+    narrow = steps == 1  # these have no other width
+    told = larger.fill_diagonal_(True) | narrow | narrow[:, None]
+    while len(most) and not (tried > 1 and told.all() and narrow.all()):
+        counts = step * (1 + (torch.rand(len(most), generator=random) * steps).long())
+        ratio, several = counts / most, counts > 1
+        larger, narrow, tried = larger | (ratio[:, None] > ratio), narrow | (ratio < 1), tried + 1
+        told |= larger & larger.T | (ratio[:, None] != ratio) & several[:, None] & several
+        yield counts

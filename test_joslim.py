@@ -8,6 +8,7 @@ this project's, but torchvision's networks, plain networks, dense algebra, finit
 import copy
 import csv
 import errno
+import functools
 import gzip
 import hashlib
 import importlib.util
@@ -48,6 +49,7 @@ from PIL import Image, ImageCms
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
+from torch.utils.flop_counter import FlopCounterMode
 
 import gp
 import joslim
@@ -93,23 +95,6 @@ def refuses(what, fn, *args, **kwargs):
 # ------------------------------------------------------------------------------ width groups, running at a
 # Compared with torchvision's networks of the same weights, and with plain networks of torch's own layers, weights
 # cut; what those share with ours, the blocks' forward passes, with the papers' words.
-
-
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "mbv2"])
-def test_full_width_is_torchvisions(arch):
-    theirs = getattr(torchvision.models, torchvisions(arch))(num_classes=10)
-    for m in theirs.modules():  # statistics and affine parameters that hide nothing
-        if isinstance(m, nn.BatchNorm2d):
-            for t in (m.weight.data, m.running_var):
-                t.uniform_(0.5, 1.5)
-            for t in (m.bias.data, m.running_mean):
-                t.normal_(0, 0.2)
-    ours = models.build(arch, 10, 96)
-    ours.load_state_dict(theirs.state_dict())  # strict: every name and shape is torchvision's
-    x = torch.randn(2, 3, 96, 96)
-    with torch.no_grad():
-        a, b = ours.eval()(x), theirs.eval()(x)
-    assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 
 
 @pytest.mark.parametrize("arch", EACH_KIND)
@@ -189,6 +174,7 @@ class Own(nn.Module):
         self.image, self.a, self.b = models.WidthGroup(1, fixed=True), models.WidthGroup(8), models.WidthGroup(12)
         self.one, self.two = models.Conv2d(self.image, self.a, 3, bias=True), models.Conv2d(self.a, self.b, 3, 2)
         self.norm, self.out = models.BatchNorm2d(self.b), models.Linear(self.b, 3)
+        self.fix, self.both = functools.cache(lambda n: models.WidthGroup(n, fixed=True)), models.Concatenation(self.a, self.b)
         for name, make in more.items():
             setattr(self, name, make(self))
         self.run = forward or (lambda m, x: m.end(m.two(F.relu(m.one(x)))))
@@ -223,6 +209,16 @@ def conv(reads, writes, *how):
      {"join": lambda m: models.Conv2d(models.Concatenation(models.Concatenation(m.b, m.a), m.b), m.b, 3)}),  # DenseNet's way
     (lambda m, x: m.end(m.two(m.one(x) * m.one(x).amax(1, keepdim=True).sigmoid())), {}),  # a map of no group's channels
     (lambda m, x: m.end(m.two(m.one(x)).flatten(2).transpose(1, 2).relu().transpose(1, 2).unflatten(2, (6, 6))), {}),
+    (lambda m, x: m.end(m.two(m.one(x) * m.gate(torch.cat([m.one(x).mean(1, True), m.one(x).amax(1, True)], 1)))),
+     {"gate": lambda m: models.Conv2d(models.WidthGroup(2, True), models.WidthGroup(1, True), 3)}),  # of CBAM
+    (lambda m, x: m.end(m.two(m.one(x) + m.back(torch.cat([m.wide(m.one(x)), m.wide(m.one(x))], 1).chunk(2, 1)[1]))),
+     {"wide": lambda m: models.Conv2d(m.a, m.fix(4), 3), "back": lambda m: models.Conv2d(m.fix(4), m.a, 3)}),
+    (lambda m, x: m.end(m.join(F.relu(m.norms(m.deep(torch.cat([m.one(x)[:, :, ::2, ::2], m.two(m.one(x))], 1)))))),
+     {"deep": lambda m: models.Conv2d(m.both, m.both, 3, groups=5), "norms": lambda m: models.BatchNorm2d(m.both),
+      "join": lambda m: models.Conv2d(m.both, m.b, (3, 5), padding="same", dilation=2)}),
+    (lambda m, x: m.out(m.hidden(m.slope(m.two(m.one(x))).flatten(1)).relu()),
+     {"slope": lambda m: nn.PReLU(), "norm": lambda m: nn.Identity(), "unused": lambda m: nn.Linear(3, 3),
+      "hidden": lambda m: models.Linear(models.Concatenation(m.b, each=36), m.b)}),
 ])  # fmt: skip
 def test_another_network_made_slimmable(forward, more):
     net, x = own(forward, **more), torch.randn(3, 1, 12, 12)
@@ -265,21 +261,269 @@ def test_a_network_that_asks_its_groups_is_extracted_at_any_widths():
     (lambda m, x: m.out(m.two(m.one(x)).flatten(1)), {}, "net.out: reads"),  # pooling forgotten
     (lambda m, x: m.out(m.two(m.one(x)).mean((2, 3))), {}, "net.norm: called 0 times"),
     (lambda m, x: m.end(F.relu(m.norm(m.two(m.one(x))))), {}, "net.norm: called 2 times"),
-    (None, {"head": lambda m: nn.Linear(3, 3)}, "net.head.weight: a parameter of Linear"),
-    (None, {"slope": lambda m: nn.PReLU()}, "net.slope.weight: a parameter of PReLU"),
-    (None, {"grouped": lambda m: nn.Conv2d(8, 8, 3, groups=4)}, "net.grouped.weight: a parameter of Conv2d"),
-    (None, {"groups": lambda m: nn.GroupNorm(2, 8)}, "net.groups.weight: a parameter of GroupNorm"),
-    (None, {"scale": lambda m: nn.Parameter(torch.ones(1))}, "net.scale: a parameter of Own"),
+    (lambda m, x: m.end(F.linear(m.two(m.one(x)).flatten(2), m.pixels).unflatten(2, (6, 6))),
+     {"pixels": lambda m: nn.Parameter(torch.ones(36, 36))}, "FLOPs"),  # of as many products as there are channels
     (lambda m, x: m.end(F.group_norm(m.two(m.one(x)), 4)), {}, "after net.two"),  # of 12 channels, but not of 7
     (lambda m, x: m.end(m.two(F.relu(m.one(x))).view(1, 12, 6, 6)), {}, "after net.two"),
     (None, {"deep": lambda m: models.Conv2d(m.a, m.b, 3, depthwise=True)}, "depthwise"),
-    (None, {"deep": lambda m: models.Conv2d(ab := models.Concatenation(m.a, m.b), ab, 3, depthwise=True)}, "depthwise"),
-    (None, {"norms": lambda m: models.BatchNorm2d(models.Concatenation(m.a, m.b))}, "BatchNorm2d: normalises a group"),
+    (None, {"deep": lambda m: models.Conv2d(m.both, m.both, 3, groups=4)}, "by whole parts"),  # one has channels of both
+    (lambda m, x: m.end(m.join(torch.cat([m.other(x), m.one(x)], 1)[:, :, ::2, ::2])),
+     {"other": lambda m: models.Conv2d(m.image, m.fix(4), 3),
+      "join": lambda m: models.Conv2d(models.Concatenation(m.a, m.fix(4)), m.b, 3)}, "net.join: reads something else"),
     (lambda m, x: m.end(m.join(torch.cat([m.two(m.one(x)), m.one(x)[:, :, ::2, ::2]], 1))),
      {"join": lambda m: models.Conv2d(models.Concatenation(m.a, m.b), m.b, 3)}, "net.join: reads something else"),
 ])  # fmt: skip
 def test_wrong_wiring_is_refused_by_name(forward, more, what):
     refuses(what, own, forward, **more)
+
+
+@pytest.mark.parametrize("count, channels", [(10, 4), (40, 2)])
+def test_any_two_groups_added_are_refused(count, channels):
+    """However narrow: each has its turn to be the wider one."""
+
+    class Sums(nn.Module):
+        def __init__(self, *pair):
+            super().__init__()
+            groups, image = [models.WidthGroup(channels) for _ in range(count)], models.WidthGroup(1, fixed=True)
+            self.first = nn.ModuleList(models.Conv2d(image, g, 1) for g in groups)
+            self.last, self.pair = nn.ModuleList(models.Linear(g, 2) for g in groups), pair
+
+        def forward(self, x):
+            maps = [m(x).mean((2, 3)) for m in self.first]
+            sums = [sum(maps[k] for k in self.pair) if i == self.pair[0] else t for i, t in enumerate(maps)]
+            return sum(m(t) for m, t in zip(self.last, sums))
+
+    for pair in ((1, 3), (3, 1), (count - 2, count - 1), (count - 1, 0)):
+        refuses("after first|last.*: reads", models.Slimmable, Sums(*pair), (1, 2, 2))
+    assert models.Slimmable(Sums(1), (1, 2, 2)).num_widths == count
+
+
+def agrees(net, theirs, x, seeds=2):
+    """`slimmable(theirs)` is that network at full width, and at others the plain network extracted; costs are that one's."""
+    state, out = theirs.state_dict(), lambda m, x: tree_flatten(m(x))[0]
+    assert list(net.state_dict()) == list(state) and all(torch.equal(state[k], v) for k, v in net.state_dict().items())
+    with torch.no_grad():
+        full = out(net.eval(), x)
+        assert all(map(torch.equal, full, out(theirs.eval(), x)))
+    for seed in range(seeds):
+        net.set_widths(a := widths_for(net, seed))
+        plain, grads = net.eval().extract(), []
+        assert [(name, type(m)) for name, m in plain.named_modules()] == [(k, type(m)) for k, m in theirs.named_modules()]
+        with FlopCounterMode(display=False) as counter:
+            plain(x[:1])
+        assert net.flops(a).item() == counter.get_total_flops() / 2
+        assert net.params(a).item() == sum(p.numel() for p in plain.parameters())
+        for mode, some in itertools.product((False, True), (net, plain)):
+            torch.manual_seed(seed)  # of dropout
+            pixels = x.clone().requires_grad_()
+            sum(t.square().sum() for t in out(some.train(mode), pixels)).backward()
+            sizes = [p.grad.abs().sum() for p in some.parameters() if p.grad is not None]
+            grads.append([pixels.grad, torch.stack(sizes)])
+            grads[-1] += out(some, x) if not mode else []
+            some.zero_grad()
+        for ours, others in (grads[:2], grads[2:]):
+            for s, t in zip(ours, others, strict=True):
+                torch.testing.assert_close(s, t, rtol=1e-6, atol=1e-6 * t.abs().max().item())
+        after = {k: v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
+        assert all(torch.equal(state[k], v) for k, v in after.items())  # training tracks no statistics
+    net.set_widths(1.0)
+    models.sort_channels(net.eval())
+    with torch.no_grad():
+        for s, t in zip(out(net, x), full):
+            torch.testing.assert_close(s, t, rtol=1e-6, atol=1e-6 * t.abs().max().item())
+
+
+def ready(net):
+    """In double, with statistics and affine parameters that hide nothing."""
+    for m in net.double().modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.affine:
+            m.weight.data.uniform_(0.5, 1.5), m.bias.data.normal_(0, 0.2)
+            m.running_mean.normal_(0, 0.2), m.running_var.uniform_(0.5, 1.5)
+    return net.eval()
+
+
+# Of each kind: widths found, and the share of FLOPs left at a quarter of them.
+ZOO = {"regnet_y_400mf": (37, 0.12), "mobilenet_v3_small": (27, 0.16), "efficientnet_b0": (40, 0.12),
+       "densenet121": (120, 0.08), "googlenet": (57, 0.09), "vgg11": (10, 0.07), "squeezenet1_1": (25, 0.12),
+       "shufflenet_v2_x0_5": (18, 0.35),
+       "resnext50_32x4d": (21, 0.09), "convnext_tiny": (0, 1)}  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", ZOO)
+def test_torchvisions_networks_as_they_are(arch):
+    more = {"aux_logits": False, "init_weights": False} if arch == "googlenet" else {}
+    theirs = ready(torchvision.models.get_model(arch, weights=None, num_classes=5, **more))
+    if arch == "vgg11":  # the 4096 between its Linears take half a minute
+        theirs.classifier[0], theirs.classifier[3], theirs.classifier[6] = (
+            nn.Linear(*sizes).double() for sizes in ((25088, 64), (64, 48), (48, 5)))  # fmt: skip
+    net, (widths, share) = models.slimmable(theirs, (3, 32, 32)), ZOO[arch]
+    assert net.num_widths == widths and (not widths or net.flops(0.25) <= share * net.flops(1.0))
+    last = [name for name, m in theirs.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1]
+    assert net.kept[last] == "is an output of the network" and (len(net.kept) == 1 or arch[:4] in ("shuf", "conv"))
+    agrees(net, theirs, torch.randn(4, 3, 32, 32).double(), seeds=1)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "mbv2"])
+def test_wired_by_hand_as_found(arch):
+    """The networks written here are torchvision's, weight for weight; and have the groups that are found in those."""
+    theirs, wired = ready(getattr(torchvision.models, torchvisions(arch))(num_classes=7)), models.build(arch, 7, 64).double()
+    wired.load_state_dict(theirs.state_dict())  # strict: every name and shape is torchvision's
+    x = torch.randn(2, 3, 64, 64).double()
+    with torch.no_grad():
+        torch.testing.assert_close(wired.eval()(x), theirs(x), rtol=1e-9, atol=1e-9)
+    found = models.slimmable(theirs, (3, 64, 64), fixed=("features.18",) if arch == "mbv2" else ())
+    assert found.names == wired.names and [g.max for g in found.groups] == [g.max for g in wired.groups]
+    place = lambda net, g: net.groups.index(g) if g in net.groups else g.max  # noqa: E731
+    for name, m in wired.named_modules():
+        if isinstance(m, models.LAYERS) and not m.reads.fixed | m.writes.fixed:
+            other = found.get_submodule(name)
+            assert [place(found, g) for g in (other.reads, other.writes)] == [place(wired, g) for g in (m.reads, m.writes)]
+    assert torch.equal(found._flops, wired._flops) and torch.equal(found._params, wired._params)
+    refuses("no module 'features.99'", models.slimmable, theirs, (3, 64, 64), fixed=("features.99",))
+
+
+class Small(nn.Module):
+    """3 x 3 convolution and BatchNorm, `middle`, convolution, Linear of the mean."""
+
+    def __init__(self, middle, reads=8, **more):
+        super().__init__()
+        self.one, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.two, self.out, self.middle = nn.Conv2d(reads, 6, 3, padding=1), nn.Linear(6, 4), middle
+        for name, make in more.items():
+            setattr(self, name, make())
+
+    def forward(self, x):
+        return self.out(F.relu(self.two(self.middle(self, F.relu(self.norm(self.one(x)))))).mean((2, 3)))
+
+
+def to(*how, kind=nn.Conv2d, **more):
+    return lambda: kind(*how, **more)
+
+
+def parameter(*shape):
+    return lambda: nn.Parameter(torch.rand(*shape))
+
+
+def assigned(x, index, value):
+    x = x.clone()
+    x[index] = value
+    return x
+
+
+class Scaled(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) * torch.arange(self.out_channels, device=x.device).view(-1, 1, 1)
+
+
+def hooked():
+    conv = nn.Conv2d(8, 8, 1)
+    conv.register_forward_hook(lambda m, inputs, out: out.cumsum(1))
+    return conv
+
+
+SLIMMED = {  # all of it: how `middle` is made, further layers, and the layers that write a group
+    "concatenated": (lambda m, x: torch.cat([m.a(x), x, m.b(x)], -3), 17, dict(a=to(8, 4, 1), b=to(8, 5, 1)), "a b"),
+    "twice": (lambda m, x: torch.cat([x, m.a(x)], 1) + torch.cat([m.b(x)] * 2, 1), 16, dict(a=to(8, 8, 1), b=to(8, 8, 1)), ""),
+    "norm of two": (lambda m, x: m.n(torch.cat([m.a(x), x], 1)), 12, dict(a=to(8, 4, 1), n=to(12, kind=nn.BatchNorm2d)), "a"),
+    "called twice": (lambda m, x: m.a(m.b(F.relu(m.a(x)))), 8, dict(a=to(8, 8, 1), b=to(8, 8, 3, padding=1)), "a"),
+    "by whole parts": (lambda m, x: m.b(m.a(x)), 8, dict(a=to(8, 8, 1, groups=4), b=to(8, 8, 1, groups=2)), ""),
+    "CBAM": (lambda m, x: m.a(torch.cat([x.mean(1, True), x.max(1)[0][:, None]], 1)) * torch.cat([x, m.b(x)], 1), 13,
+             dict(a=to(2, 1, 1), b=to(8, 5, 1)), "b"),
+    "reflected": (lambda m, x: m.a(x), 8, dict(a=to(8, 8, 3, padding=1, padding_mode="reflect")), "a"),
+    "slope of all": (lambda m, x: m.a(x) * m.b, 8, dict(a=to(kind=nn.PReLU), b=parameter(1, 1, 8, 8)), ""),
+    "a view changed": (lambda m, x: (x := x * 1, x.flatten(2).mul_(2))[0], 8, {}, ""),
+    "squeezed, gated": (lambda m, x: x * m.b(m.a(x.mean((-1, -2))))[..., None, None].expand_as(x), 8,
+                        dict(a=to(8, 4, kind=nn.Linear), b=to(4, 8, kind=nn.Linear)), "a"),
+    "flattened": (lambda m, x: m.a(torch.cat([x, m.b(x)], 1).flatten(1))[..., None, None], 6,
+                  dict(a=to(13 * 64, 6, kind=nn.Linear), b=to(8, 5, 1)), "a b"),
+}  # fmt: skip
+KEPT = {  # the convolution before `middle`, and why
+    "shuffle": (lambda m, x: F.channel_shuffle(x, 2), 8, {}, "channel_shuffle"),
+    "pixel shuffle": (lambda m, x: F.pixel_shuffle(x, 2), 2, {}, "pixel_shuffle"),
+    "chunk": (lambda m, x: x.chunk(2, 1)[1], 4, {}, "split"),
+    "NHWC": (lambda m, x: m.a(x.permute(0, 2, 3, 1).flatten(1))[..., None, None], 6,
+             dict(a=to(512, 6, kind=nn.Linear)), "permute"),
+    "slope of each": (lambda m, x: m.a(x), 8, dict(a=to(8, kind=nn.PReLU)), "no layer"),
+    "scale of each": (lambda m, x: x * m.a, 8, dict(a=parameter(8, 1, 1)), "no layer"),
+    "constants": (lambda m, x: x + torch.arange(8.0, dtype=x.dtype).view(-1, 1, 1), 8, {}, "no layer"),
+    "GroupNorm": (lambda m, x: m.a(x), 8, dict(a=to(2, 8, kind=nn.GroupNorm)), "group_norm"),
+    "attention": (lambda m, x: (q := x.flatten(2), F.softmax(q @ q.mT, -1) @ q)[1].view_as(x), 8, {}, "transpose"),
+    "ECA": (lambda m, x: x * m.a(x.mean((2, 3))[:, None]).mT[..., None], 8,
+            dict(a=to(1, 1, 3, 1, 1, kind=nn.Conv1d)), "unsqueeze"),
+    "weight norm": (lambda m, x: m.a(x), 8,
+                    dict(a=lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 1))), "after a"),
+    "transposed": (lambda m, x: m.a(x), 5, dict(a=to(8, 5, 2, 2, kind=nn.ConvTranspose2d)), "convolution after a"),
+    "subclass": (lambda m, x: m.a(x), 8, dict(a=to(8, 8, 1, kind=Scaled)), "after a"),
+    "hook": (lambda m, x: m.a(x), 8, dict(a=hooked), "after a"),
+    "shared": (lambda m, x: F.conv2d(m.a(x), m.a.weight), 8, dict(a=to(8, 8, 1, bias=False)), "go into convolution"),
+    "read": (lambda m, x: x * m.one.weight.norm(), 8, {}, "has weights that go into linalg_vector_norm"),
+    "1d": (lambda m, x: m.a(x.flatten(2)).view_as(x), 8, dict(a=to(8, kind=nn.BatchNorm1d)), "batch_norm after a"),
+    "other parts": (lambda m, x: m.a(x), 16, dict(a=to(8, 16, 1, groups=8)), "a, which is a grouped convolution"),
+    "assigned": (lambda m, x: assigned(x, (slice(None), 0), 1.0), 8, {}, "select"),
+    "into a buffer": (lambda m, x: assigned(torch.zeros(x.shape, dtype=x.dtype), ..., x), 8, {}, "no layer"),
+    "shifted": (lambda m, x: F.pad(x, [0, 0, 0, 0, 1, -1]), 8, {}, "constant_pad_nd"),
+    "pooled": (lambda m, x: F.max_pool2d(x.flatten(2), 3, 1, 1).view_as(x), 8, {}, "max_pool2d"),
+    "where the maximum is": (lambda m, x: x * x.max(1, True)[1], 8, {}, "mul"),
+    "softmax": (lambda m, x: x.softmax(1), 8, {}, "softmax"),
+    "in training": (lambda m, x: m.a(x) if m.training else x, 8, dict(a=to(8, 8, 1)), "called in training alone"),
+    "other order": (lambda m, x: torch.cat([m.a(x), x], 1) + torch.cat([x, m.a(x)], 1), 12, dict(a=to(8, 4, 1)), "beside"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [*SLIMMED, *KEPT])
+def test_small_networks_as_they_are(case):
+    middle, reads, more, what = (SLIMMED | KEPT)[case]
+    theirs = ready(Small(middle, reads, **more))
+    net = models.slimmable(theirs, (3, 8, 8))
+    if case in SLIMMED:
+        assert {*net.names} == {"one", "two", *what.split()} and net.kept.keys() <= {"out", "a"}
+    else:
+        assert "one" not in net.names and "two" in net.names and re.search(what, net.kept["one"])
+    agrees(net, theirs, torch.randn(3, 3, 8, 8).double())
+
+
+def test_outputs_keep_their_channels():
+    class Heads(Small):
+        def forward(self, x):
+            x = self.one(x)
+            return {"map": x, "two": [self.two(F.relu(x)).mul_(2), self.out(self.two(x).mean((2, 3)))]}
+
+    theirs = ready(Heads(None))
+    net = models.slimmable(theirs, (3, 8, 8))
+    assert net.num_widths == 0 and net.kept.keys() == {"one", "norm", "two", "out"}
+    agrees(net, theirs, torch.randn(3, 3, 8, 8).double())
+
+
+@pytest.mark.parametrize("middle, what", [
+    (lambda m, x: m.norm(x), "norm: called 2 times"),
+    (lambda m, x: x.view(-1, 8, 4, 16), "after norm"),  # a number of channels, written into the network
+    (lambda m, x: x if x.sum() > 0 else -x, "after norm"),
+    (lambda m, x: x[:, :, :0], "after two"),
+])  # fmt: skip
+def test_networks_that_cannot_be_slimmed_as_they_are(middle, what):
+    refuses(what, models.slimmable, Small(middle), (3, 8, 8))
+
+
+def test_networks_of_others_in_a_file(tmp_path):
+    """torchvision's by name, for grey images; the reader's own. Statistics of every BatchNorm come along."""
+    make = lambda: Small(KEPT["1d"][0], **KEPT["1d"][2])  # noqa: E731
+    for arch, own in (("mobilenet_v3_small", None), ("net.py:make", make)):
+        how = {"arch": arch, "num_classes": 4, "image_size": 32, "in_channels": 3 if own else 1, "divisor": 4}
+        net = models.slimmable(make(), (3, 32, 32), 4) if own else models.build(**how)
+        x = torch.randn(8, how["in_channels"], 32, 32)
+        net.set_widths(0.5)
+        joslim.calibrate_bn(net, [x])
+        front = {"flops": net.flops(torch.full((1, net.num_widths), 0.5)), "widths": torch.full((1, net.num_widths), 0.5)}
+        state = {"network": how, "model": net.state_dict(), "front": front, "statistics": models.get_statistics(net)[None],
+                 "data": {}, "latency": None, "cost": "flops"}  # fmt: skip
+        torch.save(state, tmp_path / "front.pt")
+        if own:
+            refuses("net.py:make, a network of your own", models.load, tmp_path / "front.pt")
+        again = models.load(tmp_path / "front.pt", net=own and own())
+        torch.testing.assert_close(again(x), net.eval()(x))
+        assert all(g.active % 4 == 0 for g in again.groups)
+        assert {m.momentum for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)} == {0.0}
+        assert 0.0 not in {m.momentum for m in net.extract().modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
 
 
 @pytest.mark.parametrize("arch, size", [("resnet8", 16), ("resnet18", 32), ("mbv2", 32)])
