@@ -464,6 +464,15 @@ def shortlist(loss: Tensor, cost: Tensor, k: int) -> Tensor:
     return chosen
 
 
+def thin(front: Tensor, cost: Tensor, size: int) -> Tensor:
+    """At most `size` of a front's indices (k,), the nearest to evenly spaced logarithms of their cost (n,), ends included."""
+    if len(front) <= size:
+        return front
+    rise = cost[front].log()  # half the cost is as much of a step to a small device as to a large one
+    grid = torch.linspace(rise[0], rise[-1], size, dtype=rise.dtype)
+    return front[(rise - grid[:, None]).abs().argmin(1).unique()]
+
+
 def front_area(loss: Tensor, cost: Tensor, low: float | None = None, high: float = 1.0) -> float:
     """Area under the front: the integral over budgets in [low, high] of the least loss within each.
 

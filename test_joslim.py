@@ -1379,8 +1379,8 @@ def test_a_long_front_is_thinned_evenly():
     first, last = cost[front[0]].item(), cost[front[-1]].item()
     grid = [first * (last / first) ** (i / 6) for i in range(7)]
     nearest = [min(front.tolist(), key=lambda i: max(cost[i] / c, c / cost[i])) for c in grid]  # noqa: B023
-    assert train.thin(front, cost, 7).tolist() == list(dict.fromkeys(nearest))
-    assert torch.equal(train.thin(front, cost, 60), front)
+    assert joslim.thin(front, cost, 7).tolist() == list(dict.fromkeys(nearest))
+    assert torch.equal(joslim.thin(front, cost, 60), front)
 
 
 # ------------------------------------------------------------------------------ data
@@ -2034,6 +2034,98 @@ def test_real_formats_train(data, arch, make_data, tmp_path):
     assert int(rows[-1]["flops"]) == net.flops(1.0).item()
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert names - {"front.png"} == {"checkpoint.pt", "checkpoint.previous.pt", "log.jsonl", "front.csv", "front.pt"}
+
+
+OWN = """
+from torch import nn
+import beside
+
+class Net(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU())
+        self.grouped, self.drop = nn.Conv2d(12, 12, 3, padding=1, groups=4), nn.Dropout(0.3)
+        self.fc = nn.Linear(12 * 4, classes)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = nn.functional.adaptive_avg_pool2d(x + self.grouped(x).relu(), 2)
+        return self.fc(self.drop(x.flatten(1)))
+
+def broken(classes):
+    raise RuntimeError("theirs")
+
+def two(classes):
+    class Two(Net):
+        def forward(self, x):
+            return (super().forward(x),) * 2 if self.training else super().forward(x)
+    return Two(classes)
+
+def fixed(classes):
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(classes) if False else nn.Linear(64, classes))
+
+def colours(classes):
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes))
+"""
+
+
+@pytest.mark.parametrize("arch, size", [("own.py:Net", 8), ("squeezenet1_1", 32)])
+def test_any_network_trains(arch, size, tiny, tmp_path, monkeypatch, capsys):
+    """Trained, stopped, resumed as if it had not been, exported; and its front.pt in the hands of who has its class."""
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "beside.py").write_text("")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    flags = [*tiny, "--epochs", "2", "--image-size", str(size), "--arch", str(tmp_path / arch) if ".py" in arch else arch]
+    assert train.main([*flags, "--out", str(tmp_path / "whole")]) == 0
+    run_until(3, [*flags, "--out", str(tmp_path / "parts"), "--save-minutes", "0"], monkeypatch)
+    assert train.main([*flags, "--out", str(tmp_path / "parts"), "--resume"]) == 0
+    assert same_run(tmp_path / "whole", tmp_path / "parts")  # dropout and all
+    assert train.main(["--out", str(tmp_path / "whole"), "--export", "0.9"]) == 0 and list((tmp_path / "whole").glob("*.pt2"))
+    path, names = str(tmp_path / "whole" / "front.pt"), {}
+    if arch == "own.py:Net":
+        refuses("a network of your own: load", models.load, path)
+        (tmp_path / "own.py").write_text(OWN.replace("12", "16"))  # another network by now
+        capsys.readouterr()
+        assert train.main([*flags, "--out", str(tmp_path / "parts"), "--resume"]) == 2 and "another network now" in one_line(capsys)
+        exec(OWN.replace("import beside", ""), names)
+    net = models.load(path, net=names["Net"](10) if names else None)
+    row = net.use(flops=0.5)
+    plain, data = net.extract(), train.Data(train.parse_args([*tiny, "--image-size", str(size)]), train.World().meet("cpu"))
+    ((x, y),) = data.batches("test")
+    assert type(plain).__name__ == ("Net" if names else "SqueezeNet")
+    assert 5 * (plain(x).argmax(1) == y).sum().item() == row["top1"]
+    assert {*plain.state_dict()} == {*net.state_dict()} and not {type(m) for m in plain.modules()} & {*models.LAYERS}
+
+
+@pytest.mark.parametrize("arch, size, word", [
+    ("own.py:broken", 8, "RuntimeError: theirs"), ("own.py:two", 8, "in training it does not give one logit"),
+    ("own.py:fixed", 8, "keeps every width"), ("own.py:nothing", 8, "no attribute 'nothing'"), ("none.py:Net", 8, "No such file"),
+    ("own.py:colours", 8, "--arch"), ("vit_b_16", 32, "keeps every width"), ("alexnet", 32, "Output size is too small"),
+    ("inception_v3", 32, "can't be greater than actual input size"), ("resnet9", 8, "unknown 'resnet9'"),
+])  # fmt: skip
+def test_networks_that_cannot_be_trained_as_they_are(arch, size, word, tiny, tmp_path, monkeypatch, capsys):
+    """One line, before the data are read."""
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "beside.py").write_text("")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(train, "read_arrays", None)
+    flags = [*tiny, "--image-size", str(size), "--arch", str(tmp_path / arch) if ".py" in arch else arch]
+    assert train.main([*flags, "--out", str(tmp_path / "out")]) == 2
+    assert word in one_line(capsys)
+
+
+@pytest.mark.parametrize("arch", ["mobilenet_v3_small", "googlenet", "squeezenet1_1"])
+def test_any_networks_weights_are_taken_as_torchvision_publishes_them(arch, tmp_path, capsys):
+    more = {"aux_logits": True, "init_weights": False} if arch == "googlenet" else {}
+    theirs = torchvision.models.get_model(arch, weights=None, num_classes=7, **more)
+    torch.save(theirs.state_dict(), tmp_path / "weights.pth")
+    for classes in (7, 5):
+        net = models.build(arch, classes, 64)
+        train.load_init(net, train.read_init(tmp_path / "weights.pth")[0], tmp_path, print)
+        x = torch.randn(2, 3, 64, 64)
+        if classes == 7:
+            torch.testing.assert_close(net.eval()(x), theirs.eval()(x), rtol=1e-4, atol=1e-4)
+    assert "of 7 classes, not 5: the classifier starts anew" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags", [
@@ -3039,15 +3131,15 @@ def test_checkpoints_of_something_else(photos, tmp_path, capsys, monkeypatch):
         assert train.main([*flags, *more]) == 2
         assert word in one_line(capsys) and path.read_bytes() == before
 
-    refused("--arch resnet8, this one --arch mbv2; add --arch resnet8, or", "--arch", "mbv2")
-    refused("--no-amp, this one --amp; add --no-amp, or", "--amp")  # as a run made on a GPU says on a machine without
-    refused("--no-fresh-widths, this one --fresh-widths; add --no-fresh-widths, or", "--fresh-widths")
+    refused("--arch resnet8, this one --arch mbv2; do as it has, or", "--arch", "mbv2")
+    refused("--no-amp, this one --amp; do as it has, or", "--amp")  # as a run made on a GPU says on a machine without
+    refused("--no-fresh-widths, this one --fresh-widths; do as it has, or", "--fresh-widths")
     refused("'arch': 'mbv2'", *search, "--arch", "mbv2")
     for s in ("train", "val"):
         shutil.copytree(tmp_path / "imagenet" / s / "cat", tmp_path / "imagenet" / s / "cow")
-    refused("no --init, this one --init /x; leave --init /x out, or", "--init", "/x")
+    refused("no --init, this one --init /x; do as it has, or", "--init", "/x")
     monkeypatch.chdir("/")
-    refused("no --init, this one --init /x; leave", "--init", "x")  # the same file, however it is called
+    refused("no --init, this one --init /x; do", "--init", "x")  # the same file, however it is called
     refused("'num_classes': 3")
     refused("'num_classes': 3", *search)
     torch.save(good | {"format": 5}, path)
@@ -3179,7 +3271,7 @@ def test_a_configuration_that_is_not_finite_is_left_out(tiny, tmp_path, capsys, 
     ("--lower 0", "--lower: expected a number in (0, 1]"), ("--lower 1.5", "--lower"), ("--frobnicate", "--frobnicate"),
     ("--lr -1", "--lr: expected a number, at least 0"), ("--lr nan", "--lr"), ("--lr inf", "--lr"),
     ("--label-smoothing 1", "--label-smoothing: expected a number in [0, 1)"), ("--seed 4294967296", "2^32"),
-    ("--arch vgg", "--arch: invalid choice: 'vgg'"), ("--data mnist", "--data: invalid choice: 'mnist'"),
+    ("--arch vgg", "--arch vgg: arch: unknown 'vgg', choose from resnet8"), ("--data mnist", "--data: invalid choice: 'mnist'"),
     ("--device abacus", "'abacus'"), ("--device meta", "--device: expected cpu, cuda or cuda:N, got 'meta'"),
     ("--batch-size 90", "--batch-size 90 and --held-out 16: there are 96 training images"),
     ("--batch-size 1", "BatchNorm needs two images"), ("--eval-images 1", "--eval-images: expected"),

@@ -15,6 +15,7 @@ import csv
 import errno
 import functools
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -27,7 +28,6 @@ import stat
 import struct
 import sys
 import tempfile
-import textwrap
 import threading
 import time
 import warnings
@@ -49,7 +49,7 @@ from torchvision.transforms import v2 as transforms
 
 import models
 from joslim import Joslim, RandomWidths, UniformWidths
-from joslim import calibrate_bn, evaluate, pareto_front, sandwich_step, shortlist
+from joslim import calibrate_bn, evaluate, pareto_front, sandwich_step, shortlist, thin
 
 fcntl = __import__("fcntl") if os.name == "posix" else None
 
@@ -136,6 +136,7 @@ def train(run: "Run") -> None:
             # A step. `average_gradients` is its one message between processes: gradients, whose mean all take.
             turns = run.proposals.split(args.subnets)  # one, unless --fresh-widths
             widths = turns[run.step % len(turns)]
+            torch.manual_seed(seeded(5, args.seed, run.step, world.rank).initial_seed())  # dropout, where there is any
             losses = add_gradients(x, y, widths)
             world.average_gradients(net)
             for group in run.optimizer.param_groups:
@@ -153,6 +154,36 @@ def learning_rate(step: int, steps_per_epoch: int, args: argparse.Namespace) -> 
     warm = min(warm, total / 2)
     peak = args.lr * args.batch_size / 256
     return peak * min((step + 1) / max(warm, 1), (total - step) / (total - warm))
+
+
+def make_network(how: dict) -> models.Slimmable:
+    """A freshly initialised network. Raises UserError for one that cannot be trained as it is."""
+    arch, image = how["arch"], (how["in_channels"], how["image_size"], how["image_size"])
+    try:
+        net = models.slimmable(from_file(how), image, how["divisor"]) if ":" in arch else models.build(**how)
+    except ValueError as e:
+        raise UserError(f"--arch {arch}: {e}") from None
+    if not net.num_widths:
+        raise UserError(f"--arch {arch}: keeps every width ({', '.join(sorted({*net.kept.values()})[:3])})")
+    if arch not in models.ARCHS:
+        with torch.no_grad():
+            out = net.train()(torch.zeros(2, *image))
+        if not isinstance(out, torch.Tensor) or out.shape != (2, how["num_classes"]):
+            raise UserError(f"--arch {arch}: in training it does not give one logit a class for each image")
+    return net
+
+
+def from_file(how: dict) -> torch.nn.Module:
+    """What FUNCTION of FILE.py returns for so many classes."""
+    path, function = how["arch"].rsplit(":", 1)
+    try:
+        spec = importlib.util.spec_from_file_location("the file of --arch", path)
+        module = importlib.util.module_from_spec(spec)
+        sys.path.append(os.path.dirname(os.path.abspath(path)))  # what it imports may lie beside it
+        spec.loader.exec_module(module)
+        return getattr(module, function)(how["num_classes"])
+    except Exception as e:  # theirs, of any kind
+        raise UserError(f"--arch {how['arch']}: {name_of(e)}") from None
 
 
 def make_optimizer(net: torch.nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
@@ -204,15 +235,6 @@ def search(run: "Run") -> Joslim:
         sampler.observe(losses, new)
         run.world.propose(sampler, run.args.subnets)
     return sampler
-
-
-def thin(front: torch.Tensor, cost: torch.Tensor, size: int) -> torch.Tensor:
-    """At most `size` of the front's indices, the nearest to evenly spaced logarithms of the cost, ends included."""
-    if len(front) <= size:
-        return front
-    rise = cost[front].log()  # half the cost is as much of a step to a small device as to a large one
-    grid = torch.linspace(rise[0], rise[-1], size, dtype=rise.dtype)
-    return front[(rise - grid[:, None]).abs().argmin(1).unique()]
 
 
 @torch.no_grad()
@@ -312,11 +334,11 @@ def one_line(e, run):
     if isinstance(e, UserError):
         return str(e), e.code
     if isinstance(e, RuntimeError) and "DataLoader worker" in str(e):  # torch raises it wherever training is at the time
-        return f"{first_line(e)}; fewer --workers need less memory, and docker run --shm-size allows more", 2
+        return f"{name_of(e)}; fewer --workers need less memory, and docker run --shm-size allows more", 2
     if out_of_memory(e):
-        return f"{first_line(e) or 'out of memory'}; a smaller --batch-size or --eval-images needs less, and --accumulate", 2
+        return f"{name_of(e)}; a smaller --batch-size or --eval-images needs less, and --accumulate", 2
     if of_the_machine(e):
-        where = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else first_line(e)
+        where = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else name_of(e)
         return f"{where}{'; the last checkpoint stands' if run and run.step else ''}", 2
     return None, 1
 
@@ -335,9 +357,7 @@ def of_the_machine(e):
 
 def tell(text, stream=None):
     """Prints a line, what the stream cannot encode escaped. A terminal or pipe that is gone ends no run."""
-    stream = stream or sys.stdout
-    if stream is None:
-        return
+    stream = stream or sys.stdout  # which may be None, and print silent
     try:
         encoding = getattr(stream, "encoding", None) or "utf-8"
         print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
@@ -417,16 +437,10 @@ folder = typed(lambda text: text and Path(text).expanduser(), bool, "a folder") 
 device = typed(torch.device, lambda v: v.type in ("cpu", "cuda"), "cpu, cuda or cuda:N")
 
 
-def describe_recipes():
-    """The numbers of RECIPES, for --help."""
-    lines = (f"{' '.join(key)}: " + " ".join(f"{k}={v}" for k, v in sorted(recipe.items())) for key, recipe in RECIPES.items())
-    wrapped = (textwrap.fill(line, 110, initial_indent="  ", subsequent_indent="      ") for line in lines)
-    return "recipes, other defaults for some data and networks:\n" + "\n".join(wrapped)
-
-
 def parse_args(argv=None):
-    p = Parser(prog="train.py", description=__doc__, epilog=describe_recipes(),
-               formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    recipes = "".join(f"  {' '.join(key)}: {' '.join(f'{k}={v}' for k, v in r.items())}\n" for key, r in RECIPES.items())
+    p = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+               epilog=f"recipes, other defaults for some data and networks:\n{recipes}")  # fmt: skip
     switch = argparse.BooleanOptionalAction
 
     g = p.add_argument_group("what to train")
@@ -438,11 +452,10 @@ def parse_args(argv=None):
     g.add_argument("--augment", choices=["none", "shift", "imagenet"], default="none",
                    help="training images: as they are, shifted by up to an eighth, random crops in jittered colours (folders)")
     g.add_argument("--flip", action=switch, default=False, help="mirror half: not for letters, signs, left and right hands")
-    g.add_argument("--arch", choices=models.ARCHS, help="network (default: the first recipe's of the data set)")
-    g.add_argument("--method", choices=["joslim", "slim", "twostage"],
-                   help="widths from Bayesian optimisation, uniform, or random and searched afterwards (default: joslim)")
-    g.add_argument("--cost", default="flops", choices=[*COSTS, "latency"],
-                   help="what a budget limits; latency is measured here and now (default: %(default)s)")
+    g.add_argument("--arch", help=f"{', '.join(models.ARCHS)}; torchvision's classification networks; FILE.py:FUNCTION, which "
+                   "gives one of your own for so many classes (default: the first recipe's)")  # fmt: skip
+    g.add_argument("--method", choices=["joslim", "slim", "twostage"], help="by a GP (default); uniform; random, then searched")
+    g.add_argument("--cost", default="flops", choices=[*COSTS, "latency"], help="what a budget limits (default: flops)")
     g.add_argument("--search", type=folder, metavar="RUN", help="do not train: search its weights, as twostage does its own")
     g.add_argument("--init", type=folder, metavar="FILE", help="start from torchvision's weights, or a front.pt's")
     g.add_argument("--seed", type=whole(0, 32), default=0, help="of weights, split, data order, widths (default: %(default)s)")
@@ -477,8 +490,7 @@ def parse_args(argv=None):
     g.add_argument("--resume", action="store_true", help="continue the run in --out; start it if there is none")
     g.add_argument("--device", type=device, help="cpu, cuda or cuda:N (default: cuda where there is one)")
     g.add_argument("--amp", action=switch, help="bfloat16 autocast (default: on GPUs that have it)")
-    g.add_argument("--workers", type=whole(0), metavar="N",
-                   help="loading processes per training process, image folders only (default: the cores it may use, shared)")
+    g.add_argument("--workers", type=whole(0), metavar="N", help="loading processes of each, for folders (default: its cores)")
     g.add_argument("--save-minutes", type=amount, default=10.0, metavar="T", help="between checkpoints, at most (default: 10)")
     g.add_argument("--log-seconds", type=amount, default=10.0, metavar="T", help="between progress lines (default: 10)")
 
@@ -512,10 +524,9 @@ def parse_args(argv=None):
     if args.workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         args.workers = max(1, min(16, cores // max(from_torchrun("LOCAL_WORLD_SIZE", 1), 1)))  # each holds two batches
-    if multiprocessing.current_process().daemon:  # which may have no children
-        args.workers = 0
+    args.workers *= not multiprocessing.current_process().daemon  # such a one may have no children
     args.init = args.init and Path(os.path.abspath(args.init))  # the same, however it is called
-    args.out = args.out or Path("runs", f"{args.data}-{args.arch}-{args.method}-{args.seed}")
+    args.out = args.out or Path("runs", f"{args.data}-{Path(args.arch).name.replace(':', '-')}-{args.method}-{args.seed}")
     return args
 
 
@@ -558,7 +569,7 @@ class World:
                 backend = "nccl" if self.device.type == "cuda" else "gloo"
                 dist.init_process_group(backend, timeout=PATIENCE, rank=self.rank, world_size=self.size, store=store)
         except (ValueError, RuntimeError) as e:
-            raise UserError(f"process 0 at {where}: the processes do not meet ({first_line(e)}); use torchrun") from None
+            raise UserError(f"process 0 at {where}: the processes do not meet ({name_of(e)}); use torchrun") from None
         finally:
             slow.cancel()
         return self
@@ -634,7 +645,7 @@ class World:
         except RuntimeError as e:
             if "DataLoader worker" in str(e) or out_of_memory(e):  # the first may come at any time
                 raise
-            why = f"process {self.rank}: another process has gone ({first_line(e)}); the last checkpoint stands"
+            why = f"process {self.rank}: another process has gone ({name_of(e)}); the last checkpoint stands"
             raise Failed(why) from e
 
     def sum(self, t):
@@ -706,10 +717,10 @@ class Replay:
     """
 
     def __init__(self, fn):
-        self.fn, self.widths, self.seen, self.graph = fn, None, 0, None
+        self.fn, self.widths, self.seen, self.graph, self.records = fn, None, 0, None, True
 
     def __call__(self, x, y, widths):
-        if x.device.type != "cuda":
+        if x.device.type != "cuda" or not self.records:
             return self.fn(x, y, widths)
         if self.widths is None or not torch.equal(widths, self.widths):
             self.widths, self.seen, self.graph = widths, 0, None
@@ -718,8 +729,14 @@ class Replay:
             return self.fn(x, y, widths)
         if not self.graph:
             self.inputs, graph = (x.clone(), y.clone()), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # another thread may be pinning images
-                self.losses = self.fn(*self.inputs, widths)
+            try:
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # another thread may be pinning images
+                    self.losses = self.fn(*self.inputs, widths)
+            except RuntimeError as e:  # of a network of one's own that looks at values, say: it goes without
+                if out_of_memory(e):
+                    raise
+                self.records = False
+                return self(x, y, widths)
             self.graph = graph
         for kept, new in zip(self.inputs, (x, y)):
             kept.copy_(new)
@@ -866,8 +883,8 @@ def read_arrays(args, world):
     digest = hashlib.sha256()
     for images, labels in parts:
         if len(images) != len(labels) or len(labels) == 0 or labels.min() < 0 or labels.max() >= len(names):
-            raise UserError(f"--data-dir: {len(images)} images have {len(labels)} labels; expected as many, each "
-                            f"from 0 to {len(names) - 1}. Are these the files of {args.data}?")  # fmt: skip
+            most = len(names) - 1
+            raise UserError(f"--data-dir: {len(images)} images, {len(labels)} labels, not all 0 to {most}: is this {args.data}?")
         if args.data == "synthetic":  # whose images differ in single bits from processor to processor
             images = labels = torch.tensor([len(images)])
         digest.update(images.contiguous().numpy())
@@ -932,12 +949,8 @@ def prepare(world, failed, fn, *args, **how):
     world.wait()
 
 
-def first_line(e):
-    return (str(e).splitlines() or [""])[0]
-
-
 def name_of(e):
-    return f"{type(e).__name__}: {first_line(e)}"
+    return f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
 
 
 def synthetic(n, seed, classes=60, size=16):
@@ -1033,13 +1046,13 @@ class FolderImages(torch.utils.data.Dataset):
                 torch.default_generator.set_state(seeded(4, self.seed, epoch, i).get_state())
                 return self.augmented(decode(path)), label
         except Exception as e:  # a damaged file makes its readers raise nearly anything
-            return unreadable(path, e)  # not raised: a worker's exception would come with its traceback around it
+            raise unreadable(path, e) from None
 
     def raw(self, batches, epoch=None):
         """The listed batches of indices as (x, y), x uint8, in order."""
         keys = [[(epoch, i) for i in batch.tolist()] for batch in batches]
         fork = "fork" if self.workers and "fork" in multiprocessing.get_all_start_methods() else None
-        loader = torch.utils.data.DataLoader(self, batch_sampler=keys, num_workers=self.workers, collate_fn=collate,
+        loader = torch.utils.data.DataLoader(self, batch_sampler=keys, num_workers=self.workers,
                                              pin_memory=self.device.type == "cuda",
                                              multiprocessing_context=fork)  # fmt: skip
         # A signal to the whole group is the training process's to act on, which saves and then ends its loaders.
@@ -1050,10 +1063,10 @@ class FolderImages(torch.utils.data.Dataset):
             if fork:
                 signal.pthread_sigmask(signal.SIG_SETMASK, deaf)
         LOADERS.update(getattr(loaded, "_workers", ()))
-        for batch in loaded:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
+        try:
+            yield from loaded
+        except UserError as e:  # of a loading process, with its traceback before it
+            raise UserError(str(e).rsplit("UserError: ", 1)[-1].rstrip()) from None
 
     def load(self, batches, epoch=None):
         """As `ArrayImages.load`."""
@@ -1065,11 +1078,6 @@ class FolderImages(torch.utils.data.Dataset):
 
 def unreadable(path, e):
     return UserError(f"{path}: not a readable image ({name_of(e)})")
-
-
-def collate(items):
-    errors = [item for item in items if isinstance(item, UserError)]
-    return errors[0] if errors else torch.utils.data.default_collate(items)
 
 
 def read_folders(args, world):
@@ -1095,12 +1103,10 @@ def read_folders(args, world):
                 decode(paths[i])
             return hashlib.sha256(content + str(size).encode()).digest()
         except Exception as e:
-            return unreadable(paths[i], e)
+            raise unreadable(paths[i], e) from None
 
     with ThreadPool(max(args.workers, 1)) as threads:  # each process takes its share
         checked = threads.map(check, range(world.rank, len(paths), world.size), 256)
-    for error in (c for c in checked if isinstance(c, UserError)):
-        raise error
     contents = [b""] * len(paths)
     for rank, share in enumerate(world.gather(b"".join(checked))):
         contents[rank :: world.size] = [share[k : k + 32] for k in range(0, len(share), 32)]
@@ -1290,8 +1296,7 @@ def load_checkpoint(args):
         for name in sorted((mine.keys() | theirs.keys()) - {"trained_as"}):
             if mine.get(name) != theirs.get(name):
                 wanted, given = as_flag(name, theirs.get(name)), as_flag(name, mine.get(name))
-                advice = f"add {wanted}" if theirs.get(name) is not None else f"leave {given} out"
-                raise UserError(f"{path}: that run has {wanted}, this one {given}; {advice}, or use another --out")
+                raise UserError(f"{path}: that run has {wanted}, this one {given}; do as it has, or use another --out")
         if damage:
             tell(f"{damage[0]}; kept as checkpoint.damaged.pt, continuing from {path.name}")
             os.replace(paths[0], args.out / "checkpoint.damaged.pt")
@@ -1320,23 +1325,25 @@ def read_init(path):
         weights = {name: t for name, t in state.get("model", state).items() if isinstance(t, torch.Tensor)}
         return weights, state if "network" in state else None
     except (ValueError, AttributeError, FileNotFoundError) as e:
-        raise UserError(f"--init: {path}: not readable weights ({first_line(e)})") from None
+        raise UserError(f"--init: {path}: not readable weights ({name_of(e)})") from None
 
 
 def load_init(net, state, path, say, ours=False):
     """Loads `read_init`'s weights. Another number of classes gets a new classifier. Channels are sorted by importance, but
     those of a run: they are in the order of their use."""
     mine = net.state_dict()
+    state = {name: t for name, t in state.items() if name in mine or not name.lower().startswith("aux")}  # heads for training
     odd = [name for name in mine.keys() ^ state.keys() if not name.endswith("num_batches_tracked")]
     wrong = [name for name in mine.keys() & state.keys() if mine[name].shape != state[name].shape]
-    last = list(mine)[-2:]  # the classifier's weight and bias
+    heads = {name for name, why in (net.kept or {}).items() if why == "is an output of the network"}
+    last = [name for name in mine if name.rpartition(".")[0] in heads] or list(mine)[-2:]  # the classifier's weight and bias
     if odd or not set(wrong) <= set(last):
         raise UserError(f"--init: {path}: not weights of this network ({sorted([*odd, *wrong])[0]} differs)")
     net.load_state_dict({k: v for k, v in state.items() if k not in wrong}, strict=False)
     if not ours:
         models.sort_channels(net)
     if wrong:
-        say(f"{path}: of {state[last[1]].numel()} classes, not {mine[last[1]].numel()}: the classifier starts anew")
+        say(f"{path}: of {len(state[last[0]])} classes, not {len(mine[last[0]])}: the classifier starts anew")
 
 
 # ------------------------------------------------------------------------------ the run's state
@@ -1355,8 +1362,8 @@ class Run:
         if args.amp is None:
             args.amp = world.device.type == "cuda" and torch.cuda.get_device_capability(world.device) >= (8, 0)
         if args.batch_size % (world.size * args.accumulate):
-            parts = f"{world.size} processes and --accumulate {args.accumulate} parts"
-            raise UserError(f"--batch-size {args.batch_size} does not divide among {parts}")
+            several = f"{world.size} processes and --accumulate {args.accumulate}"
+            raise UserError(f"--batch-size {args.batch_size} does not divide among {several}")
         if args.batch_size < 2 * world.size * args.accumulate:
             raise UserError(f"--batch-size {args.batch_size}: BatchNorm needs two images in each of {world.size} processes")
         finished = world.from_first(read_finished(args.search) if args.search and world.rank == 0 else None)
@@ -1366,13 +1373,15 @@ class Run:
             raise UserError(f"--search {args.search}: {args.out} holds other weights than those; use another --out")
         init, known = read_init(args.init) if args.init and not (state or finished) else (None, None)
         world.require_same(**settings(args))
+        self.network = dict(arch=args.arch, num_classes=10, image_size=args.image_size,
+                            in_channels=1 if args.data.endswith("mnist") else 3, divisor=args.divisor)  # fmt: skip
+        if args.arch not in models.ARCHS:  # whether it serves at all, before the data are read
+            make_network(self.network)
         self.data = Data(args, world)
         world.require_same(data_dir=self.data.about["digest"])
-
+        self.network |= dict(num_classes=len(self.data.about["classes"]), in_channels=self.data.channels)
         self.step, self.steps = 0, self.data.steps * args.epochs
         torch.manual_seed(args.seed)
-        self.network = dict(arch=args.arch, num_classes=len(self.data.about["classes"]), image_size=args.image_size,
-                            in_channels=self.data.channels, divisor=args.divisor)  # fmt: skip
         for flag, other in (("out", state), ("search", finished), ("init", known)):
             where, mine, theirs = f"--{flag} {getattr(args, flag)}", self.data.about, other and other["data"]
             if other and flag != "init" and other["network"] != self.network:
@@ -1385,13 +1394,20 @@ class Run:
                 raise UserError(f"{where}: that run held out other images, those of {split or 'earlier code'}; add that here")
         if log_file:  # of steps that come again it has nothing
             log_file.truncate(min(state["log"], log_file.seek(0, os.SEEK_END)) if state else 0)
-        self.net = models.build(**self.network)
+        self.net = make_network(self.network)
         if init is not None:
             load_init(self.net, init, args.init, self.say, ours=known is not None)
+        for other in filter(None, (state, finished)):
+            if {k: v.shape for k, v in other["model"].items()} != {k: v.shape for k, v in self.net.state_dict().items()}:
+                raise UserError(f"--arch {args.arch}: gives another network now than when that run began")
         self.net.to(world.device, memory_format=torch.channels_last).train()  # the faster layout on GPU and CPU alike
         if args.cost == "latency":
             if not state and world.rank == 0:
-                self.measure_latency()
+                self.say("latency: timing 80 networks")
+                widths, times, off = models.measure_latency(self.net, args.lower, seed=args.seed, **self.timing)
+                off_by = f"{off.median():.1%} (median), {off.max():.1%} (worst)"
+                self.say(f"latency: {times.min():.2f} to {times.max():.2f} ms; for others the formula is off by {off_by}")
+                self.log("latency", widths=widths.tolist(), milliseconds=times.tolist(), unseen_errors=off.tolist())
             self.net.latency_table = state["latency"] if state else world.from_first(self.net.latency_table)
         self.optimizer = make_optimizer(self.net, args)
         self.full = getattr(self.net, args.cost)(1.0).item()
@@ -1429,14 +1445,6 @@ class Run:
     def cost(self, a, relaxed=False):
         """Cost as a ratio to the full network's: a (..., d) -> (...,)."""
         return getattr(self.net, self.args.cost)(a, relaxed=relaxed) / self.full
-
-    def measure_latency(self):
-        """Times some networks on this machine, for the formula that the search takes as the cost."""
-        self.say("latency: timing 80 networks")
-        widths, times, off = models.measure_latency(self.net, self.args.lower, seed=self.args.seed, **self.timing)
-        self.say(f"latency: {times.min():.2f} to {times.max():.2f} ms; the formula is off by {off.median():.1%} (median), "
-                 f"{off.max():.1%} (worst) for networks that it was not fitted to")  # fmt: skip
-        self.log("latency", widths=widths.tolist(), milliseconds=times.tolist(), unseen_errors=off.tolist())
 
     def joslim_sampler(self):
         args = self.args
@@ -1481,7 +1489,7 @@ class Run:
         yield out
         if not stays:
             raise Failed(f"{self.args.out} or its log.jsonl is not what this run took any more; stopped at step {self.step}, "
-                         f"all saved in {out}: see that no other run is there; continue with --out {out} --resume")  # fmt: skip
+                         f"all saved in {out}: see that no other run is there; --out {out} --resume goes on")  # fmt: skip
 
     # -------------------------------------------------------------- clock and log
 
@@ -1515,12 +1523,8 @@ class Run:
         return self.timed("search")
 
     def log(self, event, **values):
-        try:
-            if self.log_file:
-                self.log_file.write(json.dumps({"event": event, "step": self.step, **values}).encode() + b"\n")
-        except OSError as e:
-            path = self.log_file.name
-            raise UserError(f"{path}: could not be written ({e.strerror}); the last checkpoint stands") from None
+        if self.log_file:
+            self.log_file.write(json.dumps({"event": event, "step": self.step, **values}).encode() + b"\n")
 
     def say(self, text):
         if self.world.rank == 0:
@@ -1673,21 +1677,18 @@ def draw_front(args, columns, path):
         figure.savefig(f, dpi=150, format="png")
 
 
-# ------------------------------------------------------------------------------ a finished run's front, put to use
-
-
 def export(args, world):
     """--export: the best network within a budget, as a file that runs without this project; loaded again and compared."""
     try:
-        net = models.load(args.out / "front.pt")
+        path = args.out / "front.pt"
+        net = models.load(path, net=from_file(models.read_tensors(path)["network"]) if ":" in args.arch else None)
         row = net.use(**{args.cost: args.export})
     except ValueError as e:
         raise UserError(f"--export: {e}") from None
     plain, data = net.extract().eval(), Data(args, world)
     if data.about["digest"] != net.data["digest"]:
         raise UserError(f"--data-dir: {args.data_dir} has other images than the run had")
-    budget = f"{args.export:.2f}"
-    stem = f"{args.cost}-{budget if float(budget) == args.export else repr(args.export)}"
+    stem = f"{args.cost}-" + (f"{args.export:.2f}" if round(args.export, 2) == args.export else repr(args.export))
 
     def publish(path, content, load):
         again, (x, _) = load(io.BytesIO(content)), next(iter(data.batches("test")))
@@ -1698,10 +1699,9 @@ def export(args, world):
             raise Failed(f"{path}: would not give what the network gives, by {apart:.1g}")
         with atomic_write(path) as f:
             f.write(content)
-        least = models.time_forward(again, x[:1].cpu()).min()
-        tell(f"{path}: {len(content) / 1e6:.2f} MB, {least:.2f} ms an image, test top-1 "
-             f"{100 * right / len(data.test_set):.2f} % (front.csv {row['top1']:.2f}); its outputs differ from the "
-             f"network's by up to {apart:.1g}")  # fmt: skip
+        least, top1 = models.time_forward(again, x[:1].cpu()).min(), 100 * right / len(data.test_set)
+        tell(f"{path}: {len(content) / 1e6:.2f} MB, {least:.2f} ms an image, test top-1 {top1:.2f} % (front.csv {row['top1']:.2f}); "
+             f"its outputs differ from the network's by up to {apart:.1g}")  # fmt: skip
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, about its own
