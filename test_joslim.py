@@ -3520,6 +3520,7 @@ def test_readmes_snippets_run(tmp_path, monkeypatch):
     plain, x = names["plain"], torch.randn(2, 3, 8, 8)
     assert plain(x).shape == (2, 60) and not {type(m) for m in plain.modules()} & {models.Slimmable, *models.LAYERS}
     assert macs_by_hooks(plain, x[:1]) == int(names["row"]["flops"]) and names["name"] in map(str, range(60))
+    assert type(names["small"]).__name__ == "EfficientNet" and set(names["net"].names).isdisjoint(names["small"].state_dict())
     own = names["net"]
     assert isinstance(own, models.Slimmable) and len(own(torch.randn(2, 3, 32, 32))) == 2
     assert [g.active for g in own.groups] != [g.max for g in own.groups]
