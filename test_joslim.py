@@ -1499,8 +1499,7 @@ def test_crops_and_flips_are_among_all_there_are(make_data):
         origin[bytes(crop.contiguous().numpy())] = i, top, left, False
         origin[bytes(crop.flip(-1).contiguous().numpy())] = i, top, left, True
     for x, y in images.load(torch.arange(84).view(2, 42), epoch=0):
-        raw = (x * images.std + images.mean).round().byte()
-        found += [(*origin[bytes(image.numpy())], label) for image, label in zip(raw, y.tolist())]
+        found += [(*origin[bytes(image.contiguous().numpy())], label) for image, label in zip(x, y.tolist())]
     i, top, left, flip, label = zip(*found)
     assert i == (*range(84),) and list(label) == images.y.tolist()
     assert set(top) == set(left) == set(range(9)) and len({*zip(top, left)}) > 40 and 25 < sum(flip) < 59
@@ -2896,7 +2895,7 @@ def test_existing_runs_are_not_overwritten(tiny, tmp_path, capsys):
     assert train.main(flags) == 0
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     assert train.main(flags) == 2 and "--resume" in capsys.readouterr().err
-    assert train.main([*flags, "--resume", "--tau", "3"]) == 2 and "--tau 1" in capsys.readouterr().err
+    assert train.main([*flags, "--resume", "--tau", "3"]) == 2 and "--tau 1, this one 3" in capsys.readouterr().err
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
@@ -3131,15 +3130,15 @@ def test_checkpoints_of_something_else(photos, tmp_path, capsys, monkeypatch):
         assert train.main([*flags, *more]) == 2
         assert word in one_line(capsys) and path.read_bytes() == before
 
-    refused("--arch resnet8, this one --arch mbv2; do as it has, or", "--arch", "mbv2")
-    refused("--no-amp, this one --amp; do as it has, or", "--amp")  # as a run made on a GPU says on a machine without
-    refused("--no-fresh-widths, this one --fresh-widths; do as it has, or", "--fresh-widths")
+    refused("--arch resnet8, this one mbv2; do as it has, or", "--arch", "mbv2")
+    refused("--amp False, this one True; do as it has, or", "--amp")  # as a run made on a GPU says on a machine without
+    refused("--fresh-widths False, this one True; do as it has, or", "--fresh-widths")
     refused("'arch': 'mbv2'", *search, "--arch", "mbv2")
     for s in ("train", "val"):
         shutil.copytree(tmp_path / "imagenet" / s / "cat", tmp_path / "imagenet" / s / "cow")
-    refused("no --init, this one --init /x; do as it has, or", "--init", "/x")
+    refused("--init None, this one /x; do as it has, or", "--init", "/x")
     monkeypatch.chdir("/")
-    refused("no --init, this one --init /x; do", "--init", "x")  # the same file, however it is called
+    refused("--init None, this one /x; do", "--init", "x")  # the same file, however it is called
     refused("'num_classes': 3")
     refused("'num_classes': 3", *search)
     torch.save(good | {"format": 5}, path)
@@ -3212,7 +3211,16 @@ def test_a_front_at_chance_is_told(flags, poor, tiny, tmp_path, capsys):
             shutil.copy(folder / f"train-{kind}-ubyte.gz", folder / f"t10k-{kind}-ubyte.gz")
     flags = [*tiny, "--data-dir", str(root), "--method", "slim", *flags.split(), "--out", str(tmp_path / "out")]
     assert train.main(flags) == 0
-    assert ("no network is better than chance: to say the commonest class is right for 10.00 %" in capsys.readouterr().out) == poor
+    out = capsys.readouterr().out
+    assert ("no network is better than chance: to say the commonest class is right for 10.00 %" in out) == poor
+    said = re.search(r"within its error: ([\d.]+) % with (\d+)% of its flops, (\d+)% of its params, (\d+)% of its memory", out)
+    assert (said is None) == poor
+    if said:  # the first row, by rising cost, that is as good
+        rows = read_front(tmp_path / "out")
+        full = rows[-1]
+        row = next(r for r in rows if float(r["top1"]) >= float(full["top1"]) - float(full["top1_stderr"]))
+        shares = (f"{int(row[cost]) / int(full[cost]):.0%}".rstrip("%") for cost in train.COSTS)
+        assert said.groups() == (f"{float(row['top1']):.2f}", *shares)
 
 
 @pytest.mark.parametrize("more, poor", [([], False), (["--num-prior", "20"], True), (["--tau", "4"], True),

@@ -774,19 +774,26 @@ class Data:
         """This process's share of the epoch's batches (x, y), augmented, from batch number `start` on."""
         order = torch.randperm(len(self.training_set), generator=seeded(3, self.args.seed, epoch))
         shares = order[: self.steps * self.args.batch_size].view(self.steps, self.world.size, -1)
-        return self.training_set.load(shares[start:, self.world.rank], epoch)
+        return self.normalised(self.training_set.load(shares[start:, self.world.rank], epoch))
 
     def held_out(self, number):
         """Held-out batch (x, y) `number` (they go round), the same on each process."""
         n = self.args.eval_images
         i = torch.arange(n * number, n * (number + 1)) % len(self.held_out_set)
-        return map(torch.cat, zip(*self.held_out_set.load(i.split(32))))  # in parts, for all workers to share
+        parts = self.held_out_set.load(i.split(32))  # for all workers to share
+        return map(torch.cat, zip(*self.normalised(parts)))
 
     def batches(self, which):
         """All (x, y) of "held-out", "test" or, unaugmented, "calibrate" images, the same on each process."""
         images = {"held-out": self.held_out_set, "test": self.test_set, "calibrate": self.training_set}[which]
         n = min(len(images), self.args.calibrate_images) if which == "calibrate" else len(images)
-        return images.load(torch.arange(n).tensor_split(math.ceil(n / 256)))  # BatchNorm cannot do with a last batch of one
+        batches = torch.arange(n).tensor_split(math.ceil(n / 256))  # BatchNorm cannot do with a last batch of one
+        return self.normalised(images.load(batches))
+
+    def normalised(self, batches):
+        mean, std = (v.to(self.world.device) for v in (self.training_set.mean, self.training_set.std))
+        for x, y in batches:
+            yield (x.float() - mean) / std, y
 
 
 def seeded(*keys):
@@ -845,7 +852,7 @@ class ArrayImages:
         return len(self.y)
 
     def load(self, batches, epoch=None):
-        """The listed batches of indices as (x, y), in order; augmented as it is the epoch's turn, or not at all."""
+        """The listed batches of indices as (x, y), x uint8, in order; augmented as it is the epoch's turn, or not at all."""
         device = self.x.device
         if epoch is not None:
             g = seeded(3, self.seed, epoch)
@@ -854,7 +861,6 @@ class ArrayImages:
             flip = (torch.rand(len(self), generator=g) < 0.5).to(device)
             batches = batches.to(device)  # at once: the loop itself copies nothing there and so never waits
         along, inside = torch.arange(self.size, device=device), slice(self.pad, self.pad + self.size)
-        mean, std = self.mean.to(device), self.std.to(device)
         for i in batches:
             if epoch is None:
                 i = i.to(device)
@@ -865,7 +871,7 @@ class ArrayImages:
                     columns = torch.where(flip[i, None], self.size - 1 - columns, columns)
                 rows, columns = crop[0, i, None] + along, crop[1, i, None] + columns
                 x = self.x[i[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-            yield (x.float() - mean) / std, self.y[i]
+            yield x, self.y[i]
 
 
 def array_sets(args, world, x, y, test_x, test_y):
@@ -1048,8 +1054,8 @@ class FolderImages(torch.utils.data.Dataset):
         except Exception as e:  # a damaged file makes its readers raise nearly anything
             raise unreadable(path, e) from None
 
-    def raw(self, batches, epoch=None):
-        """The listed batches of indices as (x, y), x uint8, in order."""
+    def load(self, batches, epoch=None):
+        """As `ArrayImages.load`."""
         keys = [[(epoch, i) for i in batch.tolist()] for batch in batches]
         fork = "fork" if self.workers and "fork" in multiprocessing.get_all_start_methods() else None
         loader = torch.utils.data.DataLoader(self, batch_sampler=keys, num_workers=self.workers,
@@ -1064,16 +1070,10 @@ class FolderImages(torch.utils.data.Dataset):
                 signal.pthread_sigmask(signal.SIG_SETMASK, deaf)
         LOADERS.update(getattr(loaded, "_workers", ()))
         try:
-            yield from loaded
+            for batch in loaded:
+                yield [t.to(self.device, non_blocking=True) for t in batch]
         except UserError as e:  # of a loading process, with its traceback before it
             raise UserError(str(e).rsplit("UserError: ", 1)[-1].rstrip()) from None
-
-    def load(self, batches, epoch=None):
-        """As `ArrayImages.load`."""
-        mean, std = self.mean.to(self.device), self.std.to(self.device)
-        for x, y in self.raw(batches, epoch):
-            x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
-            yield (x.float() - mean) / std, y
 
 
 def unreadable(path, e):
@@ -1188,7 +1188,7 @@ def in_memory(paths, labels, args):
     n = len(paths)
     x, where = torch.empty(n, 3, args.image_size, args.image_size, dtype=torch.uint8), torch.arange(n).split(256)
     images = FolderImages(paths, labels, torch.arange(n), args, torch.device("cpu"))
-    for i, (part, _) in zip(where, images.raw(where)):
+    for i, (part, _) in zip(where, images.load(where)):
         x[i] = part
     return x, labels
 
@@ -1256,13 +1256,6 @@ def run_folder(args, world):
         yield log
 
 
-def as_flag(name, value):
-    flag = name.replace("_", "-")
-    if value is None:
-        return f"no --{flag}"
-    return f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}"
-
-
 def settings(args):
     """The settings that decide a run's numbers, as plain values."""
     free = FREE if args.cost == "latency" else FREE | {"threads", "latency_batch"}
@@ -1295,8 +1288,8 @@ def load_checkpoint(args):
         mine, theirs = settings(args), state["settings"]
         for name in sorted((mine.keys() | theirs.keys()) - {"trained_as"}):
             if mine.get(name) != theirs.get(name):
-                wanted, given = as_flag(name, theirs.get(name)), as_flag(name, mine.get(name))
-                raise UserError(f"{path}: that run has {wanted}, this one {given}; do as it has, or use another --out")
+                flag, had, has = "--" + name.replace("_", "-"), theirs.get(name), mine.get(name)
+                raise UserError(f"{path}: that run has {flag} {had}, this one {has}; do as it has, or use another --out")
         if damage:
             tell(f"{damage[0]}; kept as checkpoint.damaged.pt, continuing from {path.name}")
             os.replace(paths[0], args.out / "checkpoint.damaged.pt")
@@ -1390,7 +1383,7 @@ class Run:
             if other and flag != "init" and not same:
                 raise UserError(f"{where}: that run had other images than {args.data_dir} has now; give it those")
             if same and theirs.get("split") != mine["split"]:  # what it was trained on would be held out here
-                split = " ".join(as_flag(name, value) for name, value in theirs.get("split", {}).items())
+                split = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in theirs.get("split", {}).items())
                 raise UserError(f"{where}: that run held out other images, those of {split or 'earlier code'}; add that here")
         if log_file:  # of steps that come again it has nothing
             log_file.truncate(min(state["log"], log_file.seek(0, os.SEEK_END)) if state else 0)
@@ -1643,9 +1636,13 @@ class Run:
         for cells, *row in zip(zip(*shown), *(columns[name] for name in ("loss", "top1", "top1_stderr", "top5"))):
             line = "".join(f"{value:>11} {percent:>7}%" for value, percent in zip(cells[::2], cells[1::2]))
             tell(line + " {:7.4f} {:7.2f} ± {:4.2f} {:7.2f}".format(*row))
-        best = columns["top1"].argmax()
-        if columns["top1"][best] < self.data.chance[1] + 2 * columns["top1_stderr"][best]:
-            tell(f"no network is better than chance: to say the commonest class is right for {self.data.chance[1]:.2f} %")
+        top1, error, chance = columns["top1"], columns["top1_stderr"], self.data.chance[1]
+        best, enough = int(top1.argmax()), int((top1 >= top1[-1] - error[-1]).nonzero()[0])
+        if top1[best] < chance + 2 * error[best]:
+            tell(f"no network is better than chance: to say the commonest class is right for {chance:.2f} %")
+        else:
+            shares = ", ".join(f"{v[enough] / v.max():.0%} of its {name}" for name, v in costs.items())
+            tell(f"as good as the full network, within its error: {top1[enough]:.2f} % with {shares}")
         total = timedelta(seconds=round(self.seconds["total"]))
         files = ", ".join(sorted(path.name for path in out.glob("front.*")))
         tell(f"{total} in all, {share:.1%} of it for the width search; see {out}/ for {files}, checkpoint.pt and log.jsonl")
