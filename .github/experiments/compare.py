@@ -10,7 +10,9 @@ log.jsonl that train.py leaves. The first RUN's method is the one whose lead ove
 Within a budget a run offers the costliest network of its front: it has the least held-out loss, so
 nothing is chosen by test accuracy. Means are over budgets from the smallest network's cost (where
 runs differ: the dearest) to the full one's, spaced evenly in the cost and, since half of it means as
-much to the owner of a small device, in its logarithm. Needs numpy, and matplotlib for the picture.
+much to the owner of a small device, in its logarithm; bands of budgets are spaced in the logarithm, too, so that no figure sits on
+a single jump of a front. A lead is paired by seed: its mean, the 95 % interval of that (Student's t), and in how many seeds it is one.
+Needs numpy, and matplotlib for the picture.
 """
 
 import argparse
@@ -22,8 +24,10 @@ from pathlib import Path
 import numpy as np
 
 PICTURE = Path("runs", "compare.png")
-MARKS = (0.1, 0.25, 0.5, 0.75, 1.0)
-COLUMNS = ["loss", "loss, log", "top-1", "top-1, log", *(f"at {m:.0%}" for m in MARKS)]
+BANDS = (0.07, 0.15), (0.15, 0.3), (0.3, 0.6), (0.6, 1.0)
+COLUMNS = ["loss", "loss, log", "top-1", "top-1, log", *(f"{100 * a:.0f} to {b:.0%}" for a, b in BANDS)]
+# Student's t for a two-sided 95 % interval, by the number of seeds less one.
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 BY_SEED = "loss, log", "top-1", "top-1, log"
 # Settings of which no line is needed where they differ.
 TOLD = {"event", "step", "method", "trained_as", "cost", "seed", "widths", "seconds", "search_share", "torch"}
@@ -62,7 +66,8 @@ def within(front, cost, budgets):
 def score(front, cost, low):
     """COLUMNS of one run. low: the least budget."""
     means = [within(front, cost, spaced(low, 1, 200)).mean(1) for spaced in (np.linspace, np.geomspace)]
-    return np.array([*np.stack(means, 1).flat, *within(front, cost, MARKS)[1]])
+    bands = [within(front, cost, np.geomspace(max(a, low), b, 50))[1].mean() if low < b else np.nan for a, b in BANDS]
+    return np.array([*np.stack(means, 1).flat, *bands])
 
 
 def panels(runs):
@@ -91,13 +96,25 @@ def panels(runs):
         yield cost, low, kinds, [(s, front) for s, front in shares if s["method"] == "alone"]
 
 
-def mean_and_spread(scores, sign=""):
-    """The scores (COLUMNS,) of several seeds as texts."""
+def mean_and_spread(scores):
+    """The scores (COLUMNS,) of several seeds as texts: mean ± standard deviation."""
     texts = []
     for name, values in zip(COLUMNS, np.stack(scores).T):
         digits = 4 if "loss" in name else 2
         spread = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
-        texts.append("-" if np.isnan(values).any() else f"{values.mean():{sign}.{digits}f}{spread}")
+        texts.append("-" if np.isnan(values).any() else f"{values.mean():.{digits}f}{spread}")
+    return texts
+
+
+def leads_as_text(leads):
+    """Paired leads (COLUMNS,) of several seeds as texts: mean, 95 % interval, in how many seeds ours is ahead."""
+    texts = []
+    for name, values in zip(COLUMNS, np.stack(leads).T):
+        digits, n = 3 if "loss" in name else 2, len(values)
+        ahead = (values < 0 if "loss" in name else values > 0).sum()
+        half = T95[n - 1] * values.std(ddof=1) / n**0.5 if n - 1 in T95 else np.nan
+        interval = "" if np.isnan(half) else f" ({values.mean() - half:+.{digits}f} to {values.mean() + half:+.{digits}f})"
+        texts.append("-" if np.isnan(values).any() else f"{values.mean():+.{digits}f}{interval}, {ahead} of {n}")
     return texts
 
 
@@ -112,8 +129,8 @@ def show(rows, markdown):
 
 
 def tabulate(cost, low, kinds, alone, markdown=False):
-    print(f"\n{cost}: means over budgets from {low:.1%} to 100%, evenly spaced in the cost and in its logarithm; top-1 at "
-          f"{len(MARKS)} budgets; mean ± standard deviation over seeds")  # fmt: skip
+    print(f"\n{cost}: means over budgets from {low:.1%} to 100%, evenly spaced in the cost and in its logarithm; top-1 over "
+          f"{len(BANDS)} bands of them; mean ± standard deviation over seeds")  # fmt: skip
     scores = {name: {seed: score(front, cost, low) for seed, front in kinds[name].items()} for name in kinds}
     rows = [["", *COLUMNS, "seeds", "minutes, of search"]]
     for name, by_seed in scores.items():
@@ -128,7 +145,7 @@ def tabulate(cost, low, kinds, alone, markdown=False):
         if leads:
             digits = {c: 3 if "loss" in c else 2 for c in BY_SEED}
             by_seed = [" ".join(f"{lead[COLUMNS.index(c)]:+.{digits[c]}f}" for lead in leads) for c in BY_SEED]
-            rows.append([name, *mean_and_spread(leads, "+"), *by_seed])
+            rows.append([name, *leads_as_text(leads), *by_seed])
     show(rows, markdown)
 
     rows = [["top-1 trained alone, and within its cost", "seed", "alone", *kinds]]
