@@ -1426,7 +1426,7 @@ class Run:
         if args.resume:
             self.say(f"continuing {args.out} at step {self.step}" if state else f"no checkpoint in {args.out}: starting")
         self.say("settings  " + "  ".join(f"{k}={v}" for k, v in settings(args).items()))
-        self.log("settings", **settings(args), processes=world.size, torch=torch.__version__)
+        self.log("settings", **settings(args), processes=world.size, torch=torch.__version__, digest=self.data.about["digest"])
         if args.method != "slim" and (self.rounds - 1) * args.subnets < args.num_prior:
             self.say(f"{self.rounds} rounds end before the GP's first proposal, as slim's do; lower --num-prior or --tau")
         flops, params = self.net.flops(1.0).item() / 1e6, self.net.params(1.0).item() / 1e6

@@ -30,7 +30,7 @@ COLUMNS = ["loss", "loss, log", "top-1", "top-1, log", *(f"{100 * a:.0f} to {b:.
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 BY_SEED = "loss, log", "top-1", "top-1, log"
 # Settings of which no line is needed where they differ.
-TOLD = {"event", "step", "method", "trained_as", "cost", "seed", "widths", "seconds", "search_share", "torch"}
+TOLD = {"event", "step", "method", "trained_as", "cost", "seed", "widths", "seconds", "search_share", "torch", "commit"}
 
 
 def last_event(folder, event):

@@ -71,6 +71,8 @@ def run(out, flags, script):
     start = time.perf_counter()
     command = [sys.executable, script, *map(str, flags), "--out", str(out.resolve()), "--resume"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=PROJECT, capture_output=True, text=True)
+    Path(f"{out}.commit").write_text(commit.stdout)
     with open(f"{out}.log", "a") as log:
         ended = subprocess.run(command, cwd=PROJECT, env=environment, stdout=log, stderr=log)
     if ended.returncode:
@@ -81,12 +83,14 @@ def run(out, flags, script):
 def keep(root, names, folder):
     """Copies the front.csv of these finished runs to results/FOLDER/name, with a settings.json -> these folders.
 
-    settings.json has the run's settings, its seconds and the share of them that the search took.
+    settings.json has the run's settings, the data's digest, its seconds and the share of them that the search took, and the commit.
     """
     kept = []
     for name in names:
         settings, done = (last_event(root / name, event) for event in ("settings", "done"))
         settings |= {key: done[key] for key in ("seconds", "search_share")}
+        if (commit := Path(f"{root / name}.commit")).exists():
+            settings["commit"] = commit.read_text().strip()
         kept.append(RESULTS / folder / name)
         kept[-1].mkdir(parents=True, exist_ok=True)
         shutil.copyfile(root / name / "front.csv", kept[-1] / "front.csv")
