@@ -18,6 +18,7 @@ import argparse
 import itertools
 import random
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -149,6 +150,9 @@ def main():
     if args.packages or args.dir is None:
         return print(" ".join(PACKAGES))
     torch.set_num_threads(1)
+    missing = [name for name in PACKAGES if subprocess.run(["dpkg", "-s", name], capture_output=True).returncode]
+    if missing:
+        sys.exit(f"kanji.py: fonts are missing: apt-get install {' '.join(missing)}")
     kept, family = find(PACKAGES)
     families = sorted({family[package] for package, *_ in kept.values()})
     random.Random(args.seed).shuffle(families)
