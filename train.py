@@ -2,7 +2,6 @@
 """Train a slimmable network and find the widths at which it is best for every compute budget.
 
     python train.py                                      # synthetic images, resnet8, CPU, a minute
-    python train.py --data cifar100 --data-dir DIR       # resnet56 on one GPU
     torchrun --nproc_per_node=8 train.py --arch mbv2 --data imagenet --data-dir DIR
     python train.py --out RUN --export 0.5               # the finished run's best network within half of the cost, as a file
 
@@ -86,10 +85,8 @@ RECIPES = {
                                             image_size=32, fresh_widths=False),
     ("fashion-mnist", "resnet8"): SMALL,
     ("fashion-mnist", "mbv2"): SMALL | dict(lr=0.05),
-    ("kmnist", "resnet8"): SMALL,
-    ("emnist", "resnet8"): SMALL,
-    ("cifar10", "resnet56"): CIFAR,
-    ("cifar100", "resnet56"): CIFAR,
+    ("kmnist", "resnet8"): SMALL, ("emnist", "resnet8"): SMALL,
+    ("cifar10", "resnet56"): CIFAR, ("cifar100", "resnet56"): CIFAR,
     ("imagenet", "mbv2"): IMAGENET,
     ("imagenet", "resnet18"): IMAGENET | dict(epochs=100, tau=250),
 }
@@ -156,20 +153,21 @@ def learning_rate(step: int, steps_per_epoch: int, args: argparse.Namespace) -> 
     return peak * min((step + 1) / max(warm, 1), (total - step) / (total - warm))
 
 
-def make_network(how: dict) -> models.Slimmable:
+def make_network(how: dict, lower: float) -> models.Slimmable:
     """A freshly initialised network. Raises UserError for one that cannot be trained as it is."""
     arch, image = how["arch"], (how["in_channels"], how["image_size"], how["image_size"])
     try:
         net = models.slimmable(from_file(how), image, how["divisor"]) if ":" in arch else models.build(**how)
-    except ValueError as e:
-        raise UserError(f"--arch {arch}: {e}") from None
-    if not net.num_widths:
-        raise UserError(f"--arch {arch}: keeps every width ({', '.join(sorted({*net.kept.values()})[:3])})")
-    if arch not in models.ARCHS:
-        with torch.no_grad():
-            out = net.train()(torch.zeros(2, *image))
-        if not isinstance(out, torch.Tensor) or out.shape != (2, how["num_classes"]):
-            raise UserError(f"--arch {arch}: in training it does not give one logit a class for each image")
+        for training in (False, True) if arch not in models.ARCHS else ():
+            with torch.no_grad():
+                out = net.train(training)(torch.zeros(2, *image))
+            if not isinstance(out, torch.Tensor) or out.shape != (2, how["num_classes"]):
+                raise ValueError(f"gives not one logit a class for each image where train({training})")
+    except (ValueError if arch in models.ARCHS else Exception) as e:
+        raise e if isinstance(e, UserError) else UserError(f"--arch {arch}: {name_of(e)}") from None
+    if torch.equal(net.channels(lower), net.channels(1.0)):
+        why = ", ".join(sorted({*(net.kept or {}).values()})[:3]) or "--lower and --divisor leave none"
+        raise UserError(f"--arch {arch}: keeps every width ({why})")
     return net
 
 
@@ -177,12 +175,12 @@ def from_file(how: dict) -> torch.nn.Module:
     """What FUNCTION of FILE.py returns for so many classes."""
     path, function = how["arch"].rsplit(":", 1)
     try:
-        spec = importlib.util.spec_from_file_location("the file of --arch", path)
-        module = importlib.util.module_from_spec(spec)
-        sys.path.append(os.path.dirname(os.path.abspath(path)))  # what it imports may lie beside it
+        spec = importlib.util.spec_from_file_location("the_file_of_arch", path)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        sys.path.append(os.path.dirname(path))  # what it imports may lie beside it
         spec.loader.exec_module(module)
         return getattr(module, function)(how["num_classes"])
-    except Exception as e:  # theirs, of any kind
+    except (Exception, SystemExit) as e:  # theirs, of any kind
         raise UserError(f"--arch {how['arch']}: {name_of(e)}") from None
 
 
@@ -316,9 +314,7 @@ class UserError(Exception):
 
 
 class Failed(UserError):
-    """A run that was well asked for cannot go on: training blew up, or another process has gone."""
-
-    code = 1
+    code = 1  # a run that was well asked for cannot go on: training blew up, or another process has gone
 
 
 class Stopped(KeyboardInterrupt):
@@ -514,6 +510,8 @@ def parse_args(argv=None):
         first = next(key for key in RECIPES if key[0] == args.data)
         p.set_defaults(arch=first[1], **RECIPES.get((args.data, args.arch), RECIPES[first]))
     args = p.parse_args(argv)
+    for name in (k for k, v in settings(args).items() if args.export is not None and str(known.get(k, v)) != str(v)):
+        p.error(f"--export: that run has --{name.replace('_', '-')} {known[name]}")
     args.method = args.method or ("twostage" if args.search else "joslim")
     if args.data != "synthetic" and args.data_dir is None:
         p.error(f"--data-dir: --data {args.data} needs it, the folder that holds its files")
@@ -526,6 +524,7 @@ def parse_args(argv=None):
         args.workers = max(1, min(16, cores // max(from_torchrun("LOCAL_WORLD_SIZE", 1), 1)))  # each holds two batches
     args.workers *= not multiprocessing.current_process().daemon  # such a one may have no children
     args.init = args.init and Path(os.path.abspath(args.init))  # the same, however it is called
+    args.arch = os.path.abspath(os.path.expanduser(args.arch)) if ":" in args.arch else args.arch
     args.out = args.out or Path("runs", f"{args.data}-{Path(args.arch).name.replace(':', '-')}-{args.method}-{args.seed}")
     return args
 
@@ -596,7 +595,7 @@ class World:
     def first_to_fail(self):
         """Whether no other process failed before. The first speaks; the others, who lose it, leave without a word."""
         if not self.faults:  # all fail alike, over the command's flags
-            return not os.environ.get("LOCAL_RANK", "0").strip("0").isdigit()
+            return os.environ.get("WORLD_SIZE", "1") == "1" or not os.environ.get("LOCAL_RANK", "0").strip("0").isdigit()
         mine = f"process {self.rank}"
         with suppress(RuntimeError):  # where process 0 has gone, and the store with it
             return self.faults.compare_set("first", "", mine).decode() == mine
@@ -657,7 +656,7 @@ class World:
     def average_gradients(self, net):
         """Every gradient's mean over processes, by one all-reduce of them all."""
         if self.size > 1:
-            grads = [p.grad for p in net.parameters()]
+            grads = [p.grad for p in net.parameters() if p.grad is not None]
             joined = self.sum(torch.cat([g.flatten() for g in grads])).div_(self.size)
             for g, part in zip(grads, joined.split([g.numel() for g in grads])):
                 g.copy_(part.view_as(g))
@@ -815,8 +814,9 @@ def split(labels, args, world):
         many = (labels[rest].bincount()[labels[rest]] > 1).nonzero()[:1, 0]
         here = (labels[held_out] == c).nonzero()[: len(many), 0]
         held_out[here], rest[many] = rest[many], held_out[here]
-        if not len(many) and world.rank == 0:
-            tell(f"class {c} has no training image: all that it has are held out; a smaller --held-out leaves it some")
+    none = sorted({*labels.tolist()} - {*labels[rest].tolist()})
+    if none and world.rank == 0:
+        tell(f"{len(none)} classes have no training image, since all are held out (a smaller --held-out helps): {none[:20]}")
     return held_out, rest
 
 
@@ -1151,18 +1151,19 @@ def read_folder(root, world):
             (folders if folder else found).append((path, label))
 
     def inside(path):
-        for entry in os.scandir(path):
+        for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
             odd = "hidden" if entry.name.startswith(".") else "file servers'" if entry.name in LITTER else None
             left_out.update([odd] if odd else [])
             if not odd:
                 yield entry
 
     top = [*inside(root)]
-    classes = sorted(entry.name for entry in top if entry.is_dir())
+    classes = [entry.name for entry in top if entry.is_dir()]
     left_out["outside of class folders"] = len(top) - len(classes)
-    for label, path in enumerate([root, *(root / name for name in classes)], -1):  # a link may lead back to the root
-        take(str(path), label)
-    folders.pop(0)
+    take(root, None)  # a link may lead back to it
+    folders.clear()
+    for label, name in sorted(enumerate(classes), key=lambda item: (root / item[1]).is_symlink()):
+        take(str(root / name), label)
     while folders:
         for path, label in folders:  # which grows by those inside
             for entry in inside(path):
@@ -1360,8 +1361,9 @@ class Run:
         if args.batch_size < 2 * world.size * args.accumulate:
             raise UserError(f"--batch-size {args.batch_size}: BatchNorm needs two images in each of {world.size} processes")
         finished = world.from_first(read_finished(args.search) if args.search and world.rank == 0 else None)
-        args.trained_as = finished and (finished["settings"].get("trained_as") or finished["settings"]["method"])
         state = world.from_first(load_checkpoint(args) if args.resume and world.rank == 0 else None)
+        source = finished or state
+        args.trained_as = source and (source["settings"]["trained_as"] or finished and finished["settings"]["method"])
         if state and finished and any(not torch.equal(v, state["model"][k]) for k, v in finished["model"].items()):
             raise UserError(f"--search {args.search}: {args.out} holds other weights than those; use another --out")
         init, known = read_init(args.init) if args.init and not (state or finished) else (None, None)
@@ -1369,7 +1371,7 @@ class Run:
         self.network = dict(arch=args.arch, num_classes=10, image_size=args.image_size,
                             in_channels=1 if args.data.endswith("mnist") else 3, divisor=args.divisor)  # fmt: skip
         if args.arch not in models.ARCHS:  # whether it serves at all, before the data are read
-            make_network(self.network)
+            make_network(self.network, args.lower)
         self.data = Data(args, world)
         world.require_same(data_dir=self.data.about["digest"])
         self.network |= dict(num_classes=len(self.data.about["classes"]), in_channels=self.data.channels)
@@ -1387,7 +1389,7 @@ class Run:
                 raise UserError(f"{where}: that run held out other images, those of {split or 'earlier code'}; add that here")
         if log_file:  # of steps that come again it has nothing
             log_file.truncate(min(state["log"], log_file.seek(0, os.SEEK_END)) if state else 0)
-        self.net = make_network(self.network)
+        self.net = make_network(self.network, args.lower)
         if init is not None:
             load_init(self.net, init, args.init, self.say, ours=known is not None)
         for other in filter(None, (state, finished)):
@@ -1398,8 +1400,7 @@ class Run:
             if not state and world.rank == 0:
                 self.say("latency: timing 80 networks")
                 widths, times, off = models.measure_latency(self.net, args.lower, seed=args.seed, **self.timing)
-                off_by = f"{off.median():.1%} (median), {off.max():.1%} (worst)"
-                self.say(f"latency: {times.min():.2f} to {times.max():.2f} ms; for others the formula is off by {off_by}")
+                self.say(f"latency: {times.min():.2f} to {times.max():.2f} ms; for others the formula is off by {off.median():.1%}")
                 self.log("latency", widths=widths.tolist(), milliseconds=times.tolist(), unseen_errors=off.tolist())
             self.net.latency_table = state["latency"] if state else world.from_first(self.net.latency_table)
         self.optimizer = make_optimizer(self.net, args)
@@ -1410,17 +1411,17 @@ class Run:
         self.rounds = math.ceil(self.steps / args.tau)
         self.seconds = {"total": 0.0, "search": 0.0, "loading": 0.0}
         self.level = self.least = math.inf  # the full network's loss: now, at its least
-        self.sound, self.fell = True, False  # what the last checkpoint holds; what was told: see `fallen`
+        self.sound = True  # what the last checkpoint holds: see `fallen`
         if state:
             for part in ("optimizer", "sampler"):
                 getattr(self, part).load_state_dict(state[part])
             self.net.load_state_dict(state["model"])
             vars(self).update({name: state[name] for name in ("step", "proposals", "seconds", "least", "sound")})
-            self.fell = not self.sound
         elif finished:
             self.net.load_state_dict(finished["model"])
             self.step = self.steps
 
+        self.fell = not self.sound  # what was told
         self.recent, self.progress_step = [], self.step  # since the last progress line: (step, widths, losses)
         self.began = self.saved = self.shown = time.perf_counter()
         if args.resume:
@@ -1604,6 +1605,8 @@ class Run:
     def require_agreement(self):
         """All processes must hold the same weights and history, or what is saved is worth nothing."""
         if self.world.size > 1:
+            for buffer in self.net.buffers():  # a network of one's own may learn some from the images of its process
+                self.world.together(dist.broadcast, buffer, 0)
             tensors = [*self.net.parameters(), *self.sampler.state_dict().values()]
             digest = hashlib.sha256(b"".join(t.detach().cpu().numpy().tobytes() for t in tensors)).hexdigest()
             if len(set(self.world.gather(digest))) > 1:
