@@ -277,9 +277,10 @@ class Slimmable(nn.Module):
         self.num_widths = len(self.groups)
         self._max = torch.tensor([g.max for g in self.groups], dtype=torch.float64)
         self._step = torch.tensor([math.lcm(g.step, divisor) for g in self.groups], dtype=torch.float64)
-        trace = _Trace(self, image).run()
+        trace = _Watch(whole, image)
+        trace.run()
         self._flops, self._params, self._terms = _weight_tables(self, trace)
-        _require_wiring(self, image, trace)
+        _require_wiring(self, trace)
         self._live = _activation_table(self, trace)
 
     def forward(self, x):
@@ -469,7 +470,7 @@ def slimmable(net: nn.Module, image: tuple[int, int, int], divisor: int = 1, fix
     then name the layer before it in `fixed`).
     """
     net = _copy(net)
-    layers, kept = _Watch(net, image, fixed).found()
+    layers, kept = _Watch(net, image).find({*fixed})
     for m, (reads, writes) in layers.items():
         if isinstance(m, nn.BatchNorm2d) or not all(g.fixed for g in reads.parts + writes.parts):
             m.__class__ = TWINS[type(m)]  # weights and settings stay
@@ -477,9 +478,9 @@ def slimmable(net: nn.Module, image: tuple[int, int, int], divisor: int = 1, fix
     for m in net.modules():
         if isinstance(m, _BatchNorm):
             m.theirs, m.momentum = m.momentum, 0.0
-    out = Slimmable(net, image, divisor)
-    out.kept = kept
-    return out
+    slim = Slimmable(net, image, divisor)
+    slim.kept = kept
+    return slim
 
 
 TWINS = {nn.Conv2d: Conv2d, nn.BatchNorm2d: BatchNorm2d, nn.Linear: Linear}
@@ -493,14 +494,27 @@ REDUCE = {"mean", "sum", "amax", "amin", "max", "min"}
 VIEW = {"view", "_unsafe_view", "_reshape_alias"}
 
 
-class _Trace(TorchDispatchMode):
-    """A network's forward pass at the widths now set, on the meta device, where no arithmetic is done: what does each tensor
-    carry, and what does it all cost?
+class _Watch(TorchDispatchMode):
+    """A forward pass at the widths now set, on the meta device, where no arithmetic is done: which groups do the layers read
+    and write, which of them are one, and what does it all cost?
 
-    A layer's output carries the group that the layer writes; operations hand it on, as `follow` says.
+    A convolution writes a new group, or the one that it was told. Tensors carry it on: through BatchNorm, activation
+    functions, pooling. Where two tensors are added or multiplied, each channel of one meets the same channel of the other:
+    one of their groups becomes the other. What reads concatenated tensors reads a `Concatenation`.
 
-    calls: (name, layer, its output's pixels, its input's) of the slimmable layers, in order; a shared one comes twice.
+        x = conv1(image)                         conv1 writes a
+        y = conv3(relu(bn(conv2(x))))            conv2 reads a and writes b, as does bn; conv3 reads b and writes c
+        z = x + y                                c becomes a: that is what conv3 writes
+        conv4(torch.cat([z, conv2(z)], 1))       conv4 reads (a, b)
+
+    Any other operation fixes what it reads, and so does the end of the network. `follow` has the rules for tensors,
+    `layer` for layers; `find` draws the conclusions.
+
+    layers: of each layer of an ordinary network what it reads and what it writes, when it is first called.
+    same: pairs of groups that are one. reasons: for each group that is fixed. odd: for each module that is no such layer.
+
     times: how often each module was called.
+    calls: (name, layer, its output's pixels, its input's) of the slimmable layers, in order; a shared one comes twice.
     macs: multiply-accumulates of all operations.
     lives: of each activation [channels it carries, values, first operation, last operation, layer before].
 
@@ -513,24 +527,25 @@ class _Trace(TorchDispatchMode):
         conv2(...)                      *     *
         bn2(...)                              *    *    *  ->  the next block's x
 
-    Raises ValueError, with a layer's name, where the network does not run, or a layer reads what it says it does not.
+    Raises ValueError, with a layer's name, where the network does not run, or a layer gets something else than it reads.
     """
 
     def __init__(self, net, image):
         super().__init__()
-        self.net, self.image, self.name, self.inside = getattr(net, "whole", net), image, "the image", None
-        self.calls, self.times, self.lives, self.operations, self.macs = [], Counter(), {}, 0, 0
+        self.net, self.image, self.name, self.inside, self.modules = net, image, "the image", None, dict(net.named_modules())
+        self.layers, self.same, self.reasons, self.odd, self.to_fix = {}, [], {}, dict.fromkeys(net.modules()), ()
+        self.times, self.calls, self.macs, self.lives, self.operations = Counter(), [], 0, {}, 0
         self.carried, self.alive = {}, []  # by id: kept alive, so that none comes twice
 
     def run(self, count=1, training=False):
-        """The forward pass of so many images, by a copy of the network whose weights are shapes alone."""
-        shapes = {}
-        for t in (t for m in self.net.modules() for t in _weights(m)):
+        """The forward pass of so many images, by a copy of the network whose weights are shapes alone: returns its output."""
+        shapes, self.training = {}, training
+        for t in (t for m in self.modules.values() for t in _weights(m)):
             shape = t.detach().to("meta")
             shapes[id(t)] = nn.Parameter(shape, t.requires_grad) if isinstance(t, nn.Parameter) else shape
         copied = _copy(self.net, shapes)
-        self.weights = {_storage(t): name for name, m in copied.named_modules() for t in _weights(m)}
-        for (name, m), twin in zip(self.net.named_modules(), copied.modules()):
+        self.weights = {_storage(t): m for m, twin in zip(self.modules.values(), copied.modules()) for t in _weights(twin)}
+        for (name, m), twin in zip(self.modules.items(), copied.modules()):
             twin.training = training
             twin.register_forward_pre_hook(functools.partial(self.enter, name, m), with_kwargs=True)
             twin.register_forward_hook(functools.partial(self.leave, name, m), with_kwargs=True)
@@ -539,36 +554,68 @@ class _Trace(TorchDispatchMode):
         self.meet(x)
         try:
             with torch.no_grad(), self:
-                self.out = copied(x)
+                return copied(x)
         except Exception as e:  # whatever a network of one's own may raise
             raise ValueError(f"after {self.name}: {e}") from e
-        return self
 
-    def enter(self, name, m, twin, args, kwargs):
-        self.name, self.times[m] = name or self.name, self.times[m] + 1
-        if not isinstance(m, LAYERS):
-            return
-        x, self.inside = (*args, *kwargs.values())[0], m
-        shape = x.shape[-1:] if isinstance(m, Linear) else x.shape[1:2] * (x.ndim == 4)
-        if shape != (m.reads.active,):
-            raise ValueError(f"{name}: reads a group of which {m.reads.active} channels are in use, "
-                             f"got an input of shape {tuple(x.shape)}")  # fmt: skip
-        carries = self.carried.get(id(x), m.reads)
-        if len(carries.parts) > 1 and _places(carries) != _places(m.reads):
-            raise ValueError(f"{name}: reads something else than the Concatenation of groups that it gets")
+    def find(self, fixed):
+        """Of each layer what it reads and what it writes; of each that keeps its width, by name, the reason."""
+        if fixed - self.modules.keys():
+            raise ValueError(f"fixed: the network has no module {min(fixed - self.modules.keys())!r}")
+        uses = Counter(t for m in self.odd for t in _weights(m))
+        self.odd = {m: why for m in self.odd if (why := _oddity(m) or any(uses[t] > 1 for t in _weights(m)) and "shares its weights")}
+        self.to_fix = fixed
+        for training in (False, True):
+            try:  # two images: BatchNorm needs them in training, and the batch is not taken for a dimension of one
+                out = self.run(2, training)
+            except ValueError:
+                if not training:
+                    raise
+                break  # in training it takes labels, say: what was seen in eval() must do
+            for t in tree_leaves(out):
+                if isinstance(t, Tensor):
+                    self.fix("is an output of the network", t)
+                elif not isinstance(t, (int, float, str, type(None))):
+                    self.fix(f"may be in the network's output, a {type(t).__name__}", *self.alive)
+        became, once, layers, kept = {}, {}, {}, {}
 
-    def leave(self, name, m, twin, args, kwargs, out):
-        if self.inside is m:
-            self.inside = None
-            self.layer(name, m, (*args, *kwargs.values())[0], out)
+        def now(g):
+            return now(became[g]) if g in became else g
 
-    def layer(self, name, m, x, out):
-        self.calls.append((name, m, out.numel() // m.writes.active, x.numel() // m.reads.active))
-        self.carry(out, m.writes)
+        for g, why in self.reasons.items():
+            g.fixed = g.fixed or why
+        for one, other in self.same:
+            one, other = now(one), now(other)
+            if one is not other:
+                became[other] = one
+                one.fixed, one.step = one.fixed or other.fixed, math.lcm(one.step, other.step)
+        for m, pair in self.layers.items():
+            for c in pair:
+                parts = tuple(map(now, c.parts))
+                for g in parts:
+                    g.fixed = g.fixed or g.step == g.max and "has no channels that could be left out"
+                alone = parts[0] if len(parts) == c.each == 1 else Concatenation(*parts, each=c.each)
+                layers[m] = (*layers.get(m, ()), once.setdefault((parts, c.each), alone))  # the same is to be the same
+        for name, m in self.modules.items():
+            if m in layers:  # where BatchNorm goes by what it reads
+                reasons = [g.fixed for g in layers[m][1].parts if not isinstance(m, nn.BatchNorm2d)]
+            else:
+                several = not m._modules and any(p.numel() > 1 for p in m.parameters()) or isinstance(m, nn.Conv2d)
+                reasons = [self.odd.get(m, "is not called")] if several else []
+            if reasons and all(reasons):
+                kept[name] = reasons[0]
+        return layers, kept
 
-    def meet(self, t):
-        values = t.untyped_storage().nbytes() // t.element_size()
-        self.lives.setdefault(_storage(t), [None, values, self.operations, 0, self.name])[3] = self.operations
+    def unite(self, one, other, why):
+        """Each channel of one meets the same one of the other: their groups are one. Where they do not pair, they are fixed."""
+        if [g.max for g in one.parts] != [g.max for g in other.parts] or one.each != other.each:
+            return self.fix(f"{why}, beside other groups", one, other)
+        self.same += zip(one.parts, other.parts)
+
+    def fix(self, why, *those):
+        """Tensors, or channels."""
+        for c in [self.carried.get(id(c)) if isinstance(c, Tensor) else c for c in those]:
+            self.reasons = dict.fromkeys(c.parts if c else (), why) | self.reasons
 
     def carry(self, t, channels):
         self.carried[id(t)] = channels
@@ -582,11 +629,51 @@ class _Trace(TorchDispatchMode):
             return c
         return WidthGroup(t.shape[1], f"meets what no layer wrote, after {self.name}")
 
-    def unite(self, one, other, why):
-        """Each channel of one meets the same one of the other. Layers of this file have said so already."""
+    def meet(self, t):
+        values = t.untyped_storage().nbytes() // t.element_size()
+        self.lives.setdefault(_storage(t), [None, values, self.operations, 0, self.name])[3] = self.operations
 
-    def fix(self, why, *those):
-        """What tensors, or channels, carry is to stay: nothing is known of what is done to it."""
+    def enter(self, name, m, twin, args, kwargs):
+        self.name, self.times[m] = name or self.name, self.times[m] + 1
+        if isinstance(m, LAYERS):
+            x = (*args, *kwargs.values())[0]
+            shape = x.shape[-1:] if isinstance(m, Linear) else x.shape[1:2] * (x.ndim == 4)
+            if shape != (m.reads.active,):
+                raise ValueError(f"{name}: reads a group of which {m.reads.active} channels are in use, "
+                                 f"got an input of shape {tuple(x.shape)}")  # fmt: skip
+            carries = self.carried.get(id(x), m.reads)
+            if len(carries.parts) > 1 and _places(carries) != _places(m.reads):
+                raise ValueError(f"{name}: reads something else than the Concatenation of groups that it gets")
+        if isinstance(m, LAYERS) or m not in self.odd:
+            self.inside = m
+
+    def leave(self, name, m, twin, args, kwargs, out):
+        if self.inside is m:
+            self.inside = None
+            self.layer(name, m, (*args, *kwargs.values())[0], out)
+        if name in self.to_fix:
+            self.fix("is named in `fixed`", *tree_leaves(out))
+
+    def layer(self, name, m, x, out):
+        if isinstance(m, LAYERS):
+            self.calls.append((name, m, out.numel() // m.writes.active, x.numel() // m.reads.active))
+            return self.carry(out, m.writes)
+        known, groups = self.layers.get(m), getattr(m, "groups", 1)
+        if self.training and not known:
+            self.odd[m] = "is called in training alone"
+        elif out.ndim != (2 if isinstance(m, nn.Linear) else 4):
+            self.odd[m] = f"is called with {out.ndim} dimensions"
+        elif groups > 1 and (m.in_channels != m.out_channels or not in_steps(self.channels(x), m.in_channels // groups)):
+            self.odd[m] = "is a grouped convolution from and to different channels"
+        else:
+            reads = writes = self.channels(x)
+            if groups == 1 and not isinstance(m, nn.BatchNorm2d):
+                writes = known[1] if known else WidthGroup(out.shape[1])
+            if known:
+                self.unite(known[0], reads, f"goes into {name} again")
+            self.layers[m] = known or (reads, writes)
+            return self.carry(out, writes)
+        self.fix(f"goes into {name}, which {self.odd[m]}", x, *known or ())
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         args, kwargs = args, kwargs or {}
@@ -596,8 +683,13 @@ class _Trace(TorchDispatchMode):
         if op._overloadpacket in flop_registry:
             self.macs += flop_registry[op._overloadpacket](*args, **kwargs, out_val=out) // 2
         read, made = ([t for t in tree_leaves(ts) if isinstance(t, Tensor)] for ts in ((args, kwargs), out))
-        if self.inside and read and all(_storage(t) in self.weights for t in read):
-            self.weights |= {_storage(t): "" for t in made}  # a cut weight is one
+        owners = [self.weights.get(_storage(t)) for t in read]
+        for m in owners:
+            if type(m) in TWINS and not self.inside and m not in self.odd:
+                self.odd[m] = f"has weights that go into {name}, too"
+                self.fix(self.odd[m], *self.layers.get(m, ()))
+        if self.inside and read and all(owners):
+            self.weights |= {_storage(t): self.inside for t in made}  # a cut weight is one
         for t in read + made:  # statistics are vectors and pooling's indices integers: neither is an activation
             if t.ndim > 1 and t.is_floating_point() and _storage(t) not in self.weights:
                 self.meet(t)
@@ -605,7 +697,7 @@ class _Trace(TorchDispatchMode):
         if carried:
             why = f"goes into {name} after {self.name}"
             c = self.follow(op, name, args, read, carried, made, why)
-            if c is None:
+            if c is None and not self.inside:
                 self.fix(why, *carried)
             for t in made if c else ():
                 self.carry(t, c)
@@ -648,6 +740,15 @@ class _Trace(TorchDispatchMode):
         return c if known and y.shape[:2] == x.shape[:2] else None
 
 
+def _oddity(m):
+    """Why the layer is none of torch's own, as it comes from there."""
+    if type(m) not in TWINS:
+        return f"is a {type(m).__name__}"
+    hung = any(v for k, v in vars(m).items() if k.endswith("_hooks") or k == "_modules" or callable(v))
+    more = {*m._parameters, *m._buffers} - {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+    return (hung or more) and "has something of its own hung on it"
+
+
 def _storage(t):
     return t.untyped_storage()._cdata
 
@@ -656,134 +757,6 @@ def _places(channels):
     """Where among the channels those of slimmed groups begin."""
     starts = itertools.accumulate((channels.each * g.max for g in channels.parts), initial=0)
     return [(start, g) for start, g in zip(starts, channels.parts) if not g.fixed]
-
-
-class _Watch(_Trace):
-    """Which groups do an ordinary network's layers read and write?
-
-    A convolution writes a new group. Tensors carry it on: through BatchNorm, activation functions, pooling. Where two
-    tensors are added or multiplied, each channel of one meets the same channel of the other: one of their groups becomes
-    the other. What reads concatenated tensors reads a `Concatenation`.
-
-        x = conv1(image)                         conv1 writes a
-        y = conv3(relu(bn(conv2(x))))            conv2 reads a and writes b, as does bn; conv3 reads b and writes c
-        z = x + y                                c becomes a: that is what conv3 writes
-        conv4(torch.cat([z, conv2(z)], 1))       conv4 reads (a, b)
-
-    Any other operation fixes what it reads, and so does the end of the network. A second pass shows what happens in
-    training alone.
-
-    layers: of each layer what it reads and what it writes, when it was first called.
-    same: pairs of groups that are one.
-    odd: of each module that is no layer to be slimmed the reason.
-    """
-
-    def __init__(self, net, image, fixed):
-        super().__init__(net, image)
-        self.modules, self.layers, self.same, self.to_fix = dict(net.named_modules()), {}, [], {*fixed}
-        if self.to_fix - self.modules.keys():
-            raise ValueError(f"fixed: the network has no module {min(self.to_fix - self.modules.keys())!r}")
-        places = Counter((_storage(t), t.storage_offset()) for m in net.modules() for t in _weights(m))
-        shared = {m for m in net.modules() if any(places[_storage(t), t.storage_offset()] > 1 for t in _weights(m))}
-        self.odd = {m: why for m in net.modules() if (why := _oddity(m) or m in shared and "shares its weights")}
-        for self.training in (False, True):
-            try:  # two images: BatchNorm needs them in training, and the batch is not taken for a dimension of one
-                self.run(2, self.training)
-            except ValueError:
-                if not self.training:
-                    raise
-                break  # in training it takes labels, say: what was seen in eval() must do
-            for t in tree_leaves(self.out):
-                if isinstance(t, Tensor):
-                    self.fix("is an output of the network", t)
-                elif not isinstance(t, (int, float, str, type(None))):
-                    self.fix(f"may be in the network's output, a {type(t).__name__}", *self.alive)
-
-    def found(self):
-        """Of each layer what it reads and what it writes; of each that keeps its width, by name, the reason."""
-        became, once, layers, kept = {}, {}, {}, {}
-
-        def now(g):
-            while g in became:
-                g = became[g]
-            return g
-
-        for one, other in self.same:
-            one, other = now(one), now(other)
-            if one is not other:
-                became[other] = one
-                one.fixed, one.step = one.fixed or other.fixed, math.lcm(one.step, other.step)
-        for m, pair in self.layers.items():
-            for c in pair:
-                parts = tuple(map(now, c.parts))
-                for g in parts:
-                    g.fixed = g.fixed or g.step == g.max and "has no channels that could be left out"
-                alone = parts[0] if len(parts) == c.each == 1 else Concatenation(*parts, each=c.each)
-                layers[m] = (*layers.get(m, ()), once.setdefault((parts, c.each), alone))  # the same is to be the same
-        for name, m in self.modules.items():
-            if m in layers:  # where BatchNorm goes by what it reads
-                reasons = [g.fixed for g in layers[m][1].parts if not isinstance(m, nn.BatchNorm2d)]
-            else:
-                several = not m._modules and any(p.numel() > 1 for p in m.parameters()) or isinstance(m, nn.Conv2d)
-                reasons = [self.odd.get(m, "is not called")] if several else []
-            if reasons and all(reasons):
-                kept[name] = reasons[0]
-        return layers, kept
-
-    def unite(self, one, other, why):
-        if [g.max for g in one.parts] != [g.max for g in other.parts] or one.each != other.each:
-            return self.fix(f"{why}, beside other groups", one, other)
-        self.same += zip(one.parts, other.parts)
-
-    def fix(self, why, *those):
-        for c in [self.carried.get(id(c)) if isinstance(c, Tensor) else c for c in those]:
-            for g in c.parts if c and not self.inside else ():
-                g.fixed = g.fixed or why
-
-    def enter(self, name, m, twin, args, kwargs):
-        super().enter(name, m, twin, args, kwargs)
-        if m not in self.odd:
-            self.inside = m
-
-    def leave(self, name, m, twin, args, kwargs, out):
-        super().leave(name, m, twin, args, kwargs, out)
-        if name in self.to_fix:
-            self.fix("is named in `fixed`", *tree_leaves(out))
-
-    def layer(self, name, m, x, out):
-        known, groups = self.layers.get(m), getattr(m, "groups", 1)
-        if self.training and not known:
-            self.odd[m] = "is called in training alone"
-        elif out.ndim != (2 if isinstance(m, nn.Linear) else 4):
-            self.odd[m] = f"is called with {out.ndim} dimensions"
-        elif groups > 1 and (m.in_channels != m.out_channels or not in_steps(self.channels(x), m.in_channels // groups)):
-            self.odd[m] = "is a grouped convolution from and to different channels"
-        else:
-            reads = writes = self.channels(x)
-            if groups == 1 and not isinstance(m, nn.BatchNorm2d):
-                writes = known[1] if known else WidthGroup(out.shape[1])
-            if known:
-                self.unite(known[0], reads, f"goes into {name} again")
-            self.layers[m] = known or (reads, writes)
-            return self.carry(out, writes)
-        self.fix(f"goes into {name}, which {self.odd[m]}", x, *known or ())
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        for t in [] if self.inside else tree_leaves((args, kwargs)):
-            owner = self.modules.get(self.weights.get(_storage(t))) if isinstance(t, Tensor) else None
-            if owner not in (None, *self.odd):
-                self.odd[owner] = f"has weights that go into {op._schema.name.removeprefix('aten::')}, too"
-                self.fix(self.odd[owner], *self.layers.get(owner, ()))
-        return super().__torch_dispatch__(op, types, args, kwargs)
-
-
-def _oddity(m):
-    """Why the layer is none of torch's own, as it comes from there."""
-    if type(m) not in TWINS:
-        return f"is a {type(m).__name__}"
-    hung = any(v for k, v in vars(m).items() if k.endswith("_hooks") or k == "_modules" or callable(v))
-    more = {*m._parameters, *m._buffers} - {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
-    return (hung or more) and "has something of its own hung on it"
 
 
 # ------------------------------------------------------------------------------ the architectures
@@ -1185,13 +1158,13 @@ def _activation_table(net, trace):
     return rows[~below]
 
 
-def _require_wiring(net, image, full):
+def _require_wiring(net, full):
     """Raises ValueError, naming the layer, unless the costs, found at full width, hold at other widths.
 
     Configurations are tried in which groups differ: what only fits at full width (two tensors concatenated and read as
     one group, two groups added) fits at none of them.
     """
-    for name, m in net.named_modules():
+    for name, m in full.modules.items():
         n = full.times[m]
         if isinstance(m, LAYERS) and not n or isinstance(m, _BatchNorm) and n > 1 and m.running_mean is not None:
             raise ValueError(f"{name}: called {n} times; a BatchNorm's statistics belong to one place, "
@@ -1203,7 +1176,8 @@ def _require_wiring(net, image, full):
         for counts in _configurations(net):
             for group, n in zip(net.groups, counts.tolist()):
                 group.active = n
-            trace = _Trace(net, image).run()
+            trace = _Watch(net.whole, net.image)
+            trace.run()
             if len(trace.lives) != len(lives):
                 raise ValueError("another number of activations at other widths: the network must do the same at all")
             for i, ((_, most, *_, name), (_, values, *_)) in enumerate(zip(lives, trace.lives.values())):
