@@ -12,13 +12,11 @@
     net = load("front.pt")                    # what a run of train.py wrote
     net.use(flops=0.5)                        # its best configuration within half the FLOPs, ready to run
 
-The whole idea is the `WidthGroup`: tensors that are added share one, a layer is told which group
-it reads and which it writes, and choosing widths is setting each group's `active` once. Forward
-passes read like the ordinary networks'; costs are found by watching one forward pass.
-
-`slimmable` finds out which group each layer of an ordinary network reads and writes, and puts this file's layers into
-their places. To say it yourself, write the network with `Conv2d`, `BatchNorm2d` and `Linear` of this file and wrap it:
-`Slimmable(MyNet(), image=(3, 32, 32))`. ResNet and MobileNetV2 below are written so.
+The whole idea is the `WidthGroup`: tensors that are added share one, a layer is told which group it reads and which it
+writes, and choosing widths is setting each group's `active` once. Forward passes read like the ordinary networks'; costs are
+found by watching one forward pass. So are, by `slimmable`, the groups of an ordinary network. To tell them yourself, write
+the network with this file's `Conv2d`, `BatchNorm2d` and `Linear`, as ResNet and MobileNetV2 are written below, and wrap it:
+`Slimmable(MyNet(), image=(3, 32, 32))`.
 
 In order: layers; `Slimmable`; how groups are found; ResNet and MobileNetV2; the deployable file; pretrained weights;
 latency; cost tables. This file needs torch alone.
@@ -48,17 +46,17 @@ from torch.utils.flop_counter import flop_registry
 class WidthGroup:
     """Channels that must agree. `max` exist, the first `active` of them are in use, a multiple of `step`.
 
-    A `fixed` group (image channels, MobileNetV2's last 1280) is never slimmed and takes no place in
-    the width vector. Raises ValueError for max below 1.
+    A `fixed` group (image channels, MobileNetV2's last 1280; `slimmable` gives the reason) is never slimmed and takes no
+    place in the width vector. Raises ValueError for max below 1.
     """
+
+    parts, each = property(lambda self: (self,)), 1  # as a Concatenation has them
 
     def __init__(self, max: int, fixed: bool | str = False, step: int = 1):
         if max < 1:
             raise ValueError(f"max must be at least 1, got {max}")
         self.max = self.active = max
-        self.fixed, self.step = fixed, step  # `slimmable` gives the reason; a grouped convolution's parts are the step
-
-    parts, each = property(lambda self: (self,)), 1  # as a Concatenation has them
+        self.fixed, self.step = fixed, step
 
 
 class Concatenation:
@@ -68,13 +66,11 @@ class Concatenation:
     """
 
     fixed = True  # its width is its parts'
-
-    def __init__(self, *parts: "WidthGroup | Concatenation", each: int = 1):
-        self.parts = tuple(g for part in parts for g in part.parts)
-        self.each = each
-
     max = property(lambda self: self.each * sum(g.max for g in self.parts))
     active = property(lambda self: self.each * sum(g.active for g in self.parts))
+
+    def __init__(self, *parts: "WidthGroup | Concatenation", each: int = 1):
+        self.parts, self.each = tuple(g for part in parts for g in part.parts), each
 
 
 def views(t: Tensor, channels: WidthGroup | Concatenation, dim: int = 0) -> list[tuple[WidthGroup, Tensor]]:
@@ -143,29 +139,26 @@ class Conv2d(nn.Conv2d):
 
     depthwise = property(lambda self: self.groups > 1)  # or of some channels a part: writes the group that it reads
     mixes = property(lambda self: self.groups == 1)  # each output is a sum over all channels that it reads
+    groups_in_use = property(lambda self: self.groups if self.mixes else self.groups * self.writes.active // self.writes.max)
 
     def forward(self, input):
-        groups, padding = self.groups, self.padding
-        if groups > 1:
-            groups = self.writes.active * groups // self.out_channels
+        padding = self.padding
         if self.padding_mode != "zeros":
             input, padding = F.pad(input, self._reversed_padding_repeated_twice, self.padding_mode), 0
         weight, bias = used(self.weight, self.writes, self.reads if self.mixes else None), used(self.bias, self.writes)
-        return F.conv2d(input, weight, bias, self.stride, padding, self.dilation, groups)
+        return F.conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups_in_use)
 
     def plain(self):
-        o = self.writes.active
-        groups = o * self.groups // self.out_channels if self.groups > 1 else 1
-        return nn.Conv2d, {"in_channels": self.reads.active, "out_channels": o, "groups": groups}
+        sizes = {"in_channels": self.reads.active, "out_channels": self.writes.active, "groups": self.groups_in_use}
+        return nn.Conv2d, sizes
 
 
 class BatchNorm2d(nn.BatchNorm2d):
     """`nn.BatchNorm2d` of a group, with momentum 0: training leaves running statistics alone.
 
     They mean nothing while widths change, and at first they are 0 and 1: a network that was only trained gives nonsense
-    in eval(). Calibration sets them for one configuration at a time, before
-    eval() or extract(): in train(), under no_grad, the k-th batch (from 1) runs with momentum 1 / k; then
-    it is 0 again (`joslim.calibrate_bn`).
+    in eval(). Calibration sets them for one configuration at a time, before eval() or extract(): in train(), under no_grad,
+    the k-th batch (from 1) runs with momentum 1 / k; then it is 0 again (`joslim.calibrate_bn`).
     """
 
     mixes = False
@@ -447,9 +440,9 @@ def _weights(m):
 
 def _cut(layer, t):
     """A copy of what is in use of one of the layer's weights."""
-    how = torch.channels_last if t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-    reads = layer.reads if t.ndim > 1 and layer.mixes else None
-    kept = (used(t.detach(), layer.writes, reads) if t.ndim else t).clone(memory_format=how)
+    last = t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last)
+    kept = used(t.detach(), layer.writes, layer.reads if t.ndim > 1 and layer.mixes else None) if t.ndim else t
+    kept = kept.clone(memory_format=torch.channels_last if last else torch.contiguous_format)
     return nn.Parameter(kept, t.requires_grad) if isinstance(t, nn.Parameter) else kept
 
 
@@ -486,7 +479,8 @@ def slimmable(net: nn.Module, image: tuple[int, int, int], divisor: int = 1, fix
 TWINS = {nn.Conv2d: Conv2d, nn.BatchNorm2d: BatchNorm2d, nn.Linear: Linear}
 # What is done to each value (as what torch tags so), and what makes maps of other sizes of each map alone.
 POINTWISE = {*"""hardswish hardswish_ mish_ _prelu_kernel expand copy_ detach alias _to_copy native_dropout bernoulli_ fill_
-                 zero_ empty_like zeros_like ones_like full_like rand_like randn_like masked_fill masked_fill_ where""".split()}
+                 zero_ empty_like zeros_like ones_like full_like rand_like randn_like masked_fill masked_fill_
+                 where""".split()}  # fmt: skip
 SPATIAL = {*"""max_pool2d_with_indices avg_pool2d _adaptive_avg_pool2d adaptive_max_pool2d reflection_pad2d replication_pad2d
                upsample_nearest2d _upsample_nearest_exact2d upsample_bilinear2d upsample_bicubic2d new_empty""".split()}
 ALONG = {"slice", "select", "squeeze", "unsqueeze"}  # the dimensions that are their second argument
@@ -562,9 +556,9 @@ class _Watch(TorchDispatchMode):
         """Of each layer what it reads and what it writes; of each that keeps its width, by name, the reason."""
         if fixed - self.modules.keys():
             raise ValueError(f"fixed: the network has no module {min(fixed - self.modules.keys())!r}")
-        uses = Counter(t for m in self.odd for t in _weights(m))
-        self.odd = {m: why for m in self.odd if (why := _oddity(m) or any(uses[t] > 1 for t in _weights(m)) and "shares its weights")}
-        self.to_fix = fixed
+        uses, self.to_fix = Counter(t for m in self.odd for t in _weights(m)), fixed
+        shared = {m: "shares its weights" for m in self.odd if any(uses[t] > 1 for t in _weights(m))}
+        self.odd = shared | {m: why for m in self.odd if (why := _oddity(m))}
         for training in (False, True):
             try:  # two images: BatchNorm needs them in training, and the batch is not taken for a dimension of one
                 out = self.run(2, training)
@@ -607,7 +601,7 @@ class _Watch(TorchDispatchMode):
         return layers, kept
 
     def unite(self, one, other, why):
-        """Each channel of one meets the same one of the other: their groups are one. Where they do not pair, they are fixed."""
+        """Each channel of one meets the same one of the other: their groups are one. Where they do not pair: fixed."""
         if [g.max for g in one.parts] != [g.max for g in other.parts] or one.each != other.each:
             return self.fix(f"{why}, beside other groups", one, other)
         self.same += zip(one.parts, other.parts)
@@ -676,7 +670,7 @@ class _Watch(TorchDispatchMode):
         self.fix(f"goes into {name}, which {self.odd[m]}", x, *known or ())
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        args, kwargs = args, kwargs or {}
+        kwargs = kwargs or {}
         if any(isinstance(t, Tensor) and t.is_meta for t in tree_leaves((args, kwargs))):
             args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
         out, name = op(*args, **kwargs), op._schema.name.removeprefix("aten::")
@@ -872,19 +866,13 @@ def mobilenet_v2(num_classes, image, divisor=1):
 
 
 def _initialised(layers):
-    for layer in layers.values():
-        for m in layer.modules():
-            if isinstance(m, Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out")
+    for m in nn.Sequential(layers).modules():
+        if isinstance(m, Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode="fan_out")
     return layers
 
 
-RESNETS = {
-    "resnet8": (BasicBlock, (1, 1, 1)),
-    "resnet20": (BasicBlock, (3, 3, 3)),
-    "resnet32": (BasicBlock, (5, 5, 5)),
-    "resnet44": (BasicBlock, (7, 7, 7)),
-    "resnet56": (BasicBlock, (9, 9, 9)),
+RESNETS = {f"resnet{6 * n + 2}": (BasicBlock, (n, n, n)) for n in (1, 3, 5, 7, 9)} | {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
     "resnet34": (BasicBlock, (3, 4, 6, 3)),
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
@@ -905,7 +893,7 @@ def build(arch: str, num_classes: int, image_size: int, in_channels: int = 3, di
         divisor: channel counts are multiples of it.
     Raises ValueError for an unknown arch, a count below 1, or images too small for the network.
     """
-    counts = dict(num_classes=num_classes, image_size=image_size, in_channels=in_channels, divisor=divisor)
+    counts = {"num_classes": num_classes, "image_size": image_size, "in_channels": in_channels, "divisor": divisor}
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -1170,7 +1158,7 @@ def _require_wiring(net, full):
             raise ValueError(f"{name}: called {n} times; a BatchNorm's statistics belong to one place, "
                              "and the costs of what is not called are unknown")  # fmt: skip
     lives, one = list(full.lives.values()), WidthGroup(1, fixed=True)
-    # For each activation, what its size goes with: what it carries, no group, or another (a map that is the mean over channels).
+    # For each activation, what its size may go with: what it carries, no group's (a mean over channels), or another's.
     fits = [dict.fromkeys([carries or one, one, *net.groups]) for carries, *_ in lives]
     try:
         for counts in _configurations(net):
@@ -1195,8 +1183,8 @@ def _require_wiring(net, full):
 
 
 def _configurations(net):
-    """Random channel counts (d,), each with its mirror image: as many as it takes until every group has been narrower, by its
-    share of channels, than every other, and than its full width. (Once is not enough: one channel is broadcast, and seems to fit.)
+    """Random channel counts (d,), each with its mirror image, until every group has been narrower (has had the smaller share
+    of its channels) than every other and than at full width. One way round is not enough: one channel is broadcast, and fits.
     """
     most, step = (torch.tensor([1] + [getattr(g, k) for g in net.groups]) for k in ("max", "step"))
     random, narrower = torch.Generator().manual_seed(0), torch.eye(len(most)).bool() | (most == step)[:, None]
