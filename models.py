@@ -673,10 +673,13 @@ class _Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         if any(isinstance(t, Tensor) and t.is_meta for t in tree_leaves((args, kwargs))):
             args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
-        out, name = op(*args, **kwargs), op._schema.name.removeprefix("aten::")
+        read, name = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)], op._schema.name.removeprefix("aten::")
+        # An activation function in place has nothing to do on the meta device, and takes long.
+        idle = name.endswith("_") and len(read) == 1 and torch.Tag.pointwise in op.tags
+        out = args[0] if idle else op(*args, **kwargs)
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         if op._overloadpacket in flop_registry:
             self.macs += flop_registry[op._overloadpacket](*args, **kwargs, out_val=out) // 2
-        read, made = ([t for t in tree_leaves(ts) if isinstance(t, Tensor)] for ts in ((args, kwargs), out))
         owners = [self.weights.get(_storage(t)) for t in read]
         for m in owners:
             if type(m) in TWINS and not self.inside and m not in self.odd:
@@ -691,8 +694,11 @@ class _Watch(TorchDispatchMode):
         if carried:
             why = f"goes into {name} after {self.name}"
             c = self.follow(op, name, args, read, carried, made, why)
-            if c is None and not self.inside:
-                self.fix(why, *carried)
+            if c is None:
+                if not self.inside:
+                    self.fix(why, *carried)
+                # Fixed, they may go on. In a network of this file's layers it is a guess, and `_require_wiring` sees to it.
+                c = next((self.carried[id(t)] for t in carried if made and t.numel() == made[0].numel()), ())
             for t in made if c else ():
                 self.carry(t, c)
         self.alive += read + made
