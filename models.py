@@ -310,9 +310,9 @@ class Slimmable(nn.Module):
         return torch.where(a == 1, most, (c / n).round().clamp(min=1).mul(n).minimum(most))
 
     def flops(self, a: Tensor | float, relaxed: bool = False) -> Tensor:
-        """Multiply-accumulates of convolutions and matrix products for one image: a (..., d) -> (...,).
+        """Multiply-accumulates of convolutions and matrix products for one image: a (..., d) -> (...,), float64.
 
-        float64. `relaxed` skips the rounding of channel counts, which makes it differentiable in a.
+        `relaxed` skips the rounding of channel counts, which makes it differentiable in a.
         """
         return self._quadratic(self._flops, a, relaxed)
 
@@ -323,20 +323,16 @@ class Slimmable(nn.Module):
     def memory(self, a: Tensor | float, relaxed: bool = False) -> Tensor:
         """Peak bytes of float32 inference at batch size 1: a (..., d) -> (...,). `relaxed` as in `flops`.
 
-        All weights, plus the largest set of activations alive at one time: what an operation reads
-        and writes, and what a later one still needs (the residual). In this file's networks ReLUs and
-        additions work in place (yours are counted as you wrote them); BatchNorm is not folded into
-        the convolution before it.
+        All weights, plus the largest set of activations alive at one time: what an operation reads and writes, and what a
+        later one still needs (the residual). In this file's networks ReLUs and additions work in place (yours are counted as
+        you wrote them); BatchNorm is not folded into the convolution before it.
         """
         c = _with_one(self.channels(a, relaxed))
         live = (c @ self._live.to(c.device).T).amax(-1)
         return 4 * (self._quadratic(self._params, a, relaxed) + live)
 
     def latency(self, a: Tensor | float, relaxed: bool = False) -> Tensor:
-        """Milliseconds of a forward pass as `fit_latency` found them: a (..., d) -> (...,). `relaxed` as in `flops`.
-
-        Raises ValueError before that.
-        """
+        """Milliseconds as `fit_latency` found them, or else ValueError: a (..., d) -> (...,). `relaxed` as in `flops`."""
         if self.latency_table is None:
             raise ValueError("latency: measure some configurations, and fit_latency() first")
         return self._quadratic(self.latency_table, a, relaxed)
@@ -359,8 +355,8 @@ class Slimmable(nn.Module):
         return relative @ weights - 1
 
     def _quadratic(self, form, a, relaxed):
-        # A weight's size is a constant times its input group's count times its output group's, so that all
-        # sizes together are a quadratic form: one matrix serves thousands of configurations at once.
+        # A weight's size is a constant times its input group's count times its output group's, so that all sizes together
+        # are a quadratic form: one matrix serves thousands of configurations at once.
         c = _with_one(self.channels(a, relaxed))
         return ((c @ form.to(c.device)) * c).sum(-1)
 
@@ -375,8 +371,8 @@ class Slimmable(nn.Module):
         try:
             if a is not None:
                 self.set_widths(a)
-            cut = {id(t): _cut(m, t) for m in self.modules() if isinstance(m, LAYERS) for t in _weights(m)}
-            net = _copy(self.whole, cut)  # a module of your own may hold a group, and has it with the width of now
+            shares = {id(t): _cut(m, t) for m in self.modules() if isinstance(m, LAYERS) for t in _weights(m)}
+            net = _copy(self.whole, shares)  # a module of your own may hold a group, and has it with the width of now
         finally:
             for g, n in zip(self.groups, before):
                 g.active = n
@@ -628,7 +624,7 @@ class _Watch(TorchDispatchMode):
         self.lives.setdefault(_storage(t), [None, values, self.operations, 0, self.name])[3] = self.operations
 
     def enter(self, name, m, twin, args, kwargs):
-        self.name, self.times[m] = name or self.name, self.times[m] + 1
+        self.times[m] += 1
         if isinstance(m, LAYERS):
             x = (*args, *kwargs.values())[0]
             shape = x.shape[-1:] if isinstance(m, Linear) else x.shape[1:2] * (x.ndim == 4)
@@ -638,8 +634,9 @@ class _Watch(TorchDispatchMode):
             carries = self.carried.get(id(x), m.reads)
             if len(carries.parts) > 1 and _places(carries) != _places(m.reads):
                 raise ValueError(f"{name}: reads something else than the Concatenation of groups that it gets")
+        self.name = name or self.name
         if isinstance(m, LAYERS) or m not in self.odd:
-            self.inside = m
+            self.inside = m  # a layer's own operations are none of the network's
 
     def leave(self, name, m, twin, args, kwargs, out):
         if self.inside is m:
@@ -892,9 +889,9 @@ def build(arch: str, num_classes: int, image_size: int, in_channels: int = 3, di
     """A freshly initialised slimmable network (torch's global generator draws the weights).
 
     Args:
-        arch: one of ARCHS. resnet8 to resnet56 in steps of 12 are the CIFAR form (three stages), the
-            other ResNets and mbv2 the ImageNet form with torchvision's parameter names. Or the name of any
-            classification network of torchvision, which `slimmable` takes as it is.
+        arch: one of ARCHS. resnet8 to resnet56 in steps of 12 are the CIFAR form (three stages), the other ResNets and mbv2
+            the ImageNet form with torchvision's parameter names. Or the name of any classification network of
+            torchvision, which `slimmable` takes as it is.
         image_size: height and width of the square inputs, for the costs.
         divisor: channel counts are multiples of it.
     Raises ValueError for an unknown arch, a count below 1, or images too small for the network.
@@ -937,9 +934,8 @@ def _norms(net):
 
 def get_statistics(net: Slimmable) -> Tensor:
     """All running means and variances as one vector (s,), s twice the sum of all BatchNorms' channels."""
-    if not _norms(net):
-        return next(net.parameters()).new_zeros(0)
-    return torch.cat([t for m in _norms(net) for t in (m.running_mean, m.running_var)])
+    vectors = [t for m in _norms(net) for t in (m.running_mean, m.running_var)]
+    return torch.cat(vectors or [next(net.parameters()).new_zeros(0)])
 
 
 def set_statistics(net: Slimmable, vector: Tensor) -> None:
@@ -1004,14 +1000,12 @@ def load(path: str, device: torch.device | str = "cpu", net: nn.Module | None = 
 
 
 def sort_channels(net: Slimmable) -> None:
-    """Permutes each group's channels by falling importance: the first are those worth keeping.
+    """Permutes each group's channels by falling importance: the first are those worth keeping. Call it before training.
 
-    The full network's outputs stay the same.
-
-    Readers' input channels, and writers' output channels with BatchNorm's vectors, get the same permutation. Call it before
-    training. A channel's importance is the sum of the absolute weights that read it; where channels come and go by a
-    grouped convolution's parts, so do they here. Groups that a parameter-free shortcut joins stay as they are: their
-    channels must go on meeting.
+    The full network's outputs stay the same: readers' input channels, and writers' output channels with BatchNorm's vectors,
+    get the same permutation. A channel's importance is the sum of the absolute weights that read it; where channels come
+    and go by a grouped convolution's parts, so do they here. Groups that a parameter-free shortcut joins stay as they are:
+    their channels must go on meeting.
     """
     layers = [m for m in net.modules() if isinstance(m, LAYERS)]
     joined = {g for m in layers if isinstance(m, Shortcut) for g in (m.reads, m.writes)}
@@ -1111,12 +1105,12 @@ def _weight_tables(net, trace):
     """FLOPs and parameters as matrices Q, and a latency's terms as a stack of such: with c the channel counts followed by
     a 1, each is c' Q c.
 
-    Q[i, j] sums over the layers that read group i and write group j: a kernel's pixels, for FLOPs times
-    the output's. A 3 x 3 convolution on 32 x 32 pixels gives 9 and 9216. The last row is for what reads
-    no slimmed group: vectors, depthwise kernels, the image.
+    Q[i, j] sums over the layers that read group i and write group j: a kernel's pixels, for FLOPs times the output's. A
+    3 x 3 convolution on 32 x 32 pixels gives 9 and 9216. The last row is for what reads no slimmed group: vectors,
+    depthwise kernels, the image.
 
-    The terms of a latency: for the layers of each kind (class, kernel, stride, pixels) together their FLOPs, what
-    they read and what they write; and a constant.
+    The terms of a latency: for the layers of each kind (class, kernel, stride, pixels) together their FLOPs, what they read
+    and what they write; and a constant.
     """
     one = _count(net, WidthGroup(1, fixed=True))
     flops, params = (torch.zeros(2 * [net.num_widths + 1], dtype=torch.float64) for _ in range(2))
