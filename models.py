@@ -29,7 +29,7 @@ import itertools
 import math
 import time
 import zipfile
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 
 import torch
 import torch.nn.functional as F
@@ -504,7 +504,7 @@ class _Watch(TorchDispatchMode):
     same: pairs of groups that are one. reasons: for each group that is fixed. odd: for each module that is no such layer.
 
     times: how often each module was called.
-    calls: (name, layer, its output's pixels, its input's) of the slimmable layers, in order; a shared one comes twice.
+    calls: (layer, its output's pixels, its input's) of this file's layers, in order; a shared one comes twice.
     macs: multiply-accumulates of all operations.
     lives: of each activation [channels it carries, values, first operation, last operation, layer before].
 
@@ -538,7 +538,7 @@ class _Watch(TorchDispatchMode):
         for (name, m), twin in zip(self.modules.items(), copied.modules()):
             twin.training = training
             twin.register_forward_pre_hook(functools.partial(self.enter, name, m), with_kwargs=True)
-            twin.register_forward_hook(functools.partial(self.leave, name, m), with_kwargs=True)
+            twin.register_forward_hook(functools.partial(self.leave, name, m), with_kwargs=True, always_call=True)
         dtype = next((p.dtype for p in self.net.parameters() if p.is_floating_point()), None)
         x = torch.empty(count, *self.image, device="meta", dtype=dtype)
         self.meet(x)
@@ -570,22 +570,24 @@ class _Watch(TorchDispatchMode):
         became, once, layers, kept = {}, {}, {}, {}
 
         def now(g):
-            return now(became[g]) if g in became else g
+            while g in became:
+                g = became[g]
+            return g
 
         for g, why in self.reasons.items():
             g.fixed = g.fixed or why
-        for one, other in self.same:
+        for one, other in self.same:  # two groups become one
             one, other = now(one), now(other)
             if one is not other:
                 became[other] = one
                 one.fixed, one.step = one.fixed or other.fixed, math.lcm(one.step, other.step)
         for m, pair in self.layers.items():
-            for c in pair:
-                parts = tuple(map(now, c.parts))
-                for g in parts:
-                    g.fixed = g.fixed or g.step == g.max and "has no channels that could be left out"
-                alone = parts[0] if len(parts) == c.each == 1 else Concatenation(*parts, each=c.each)
-                layers[m] = (*layers.get(m, ()), once.setdefault((parts, c.each), alone))  # the same is to be the same
+            pair = [Concatenation(*map(now, c.parts), each=c.each) for c in pair]
+            for g in pair[0].parts + pair[1].parts:
+                g.fixed = g.fixed or g.step == g.max and "has no channels that could be left out"
+            # What has the same parts is to be the same; of one part, that.
+            pair = [once.setdefault((c.parts, c.each), c) for c in pair]
+            layers[m] = [c.parts[0] if len(c.parts) == c.each == 1 else c for c in pair]
         for name, m in self.modules.items():
             if m in layers:  # where BatchNorm goes by what it reads
                 reasons = [g.fixed for g in layers[m][1].parts if not isinstance(m, nn.BatchNorm2d)]
@@ -641,13 +643,14 @@ class _Watch(TorchDispatchMode):
     def leave(self, name, m, twin, args, kwargs, out):
         if self.inside is m:
             self.inside = None
-            self.layer(name, m, (*args, *kwargs.values())[0], out)
+            if out is not None:  # as it is after an error
+                self.layer(name, m, (*args, *kwargs.values())[0], out)
         if name in self.to_fix:
             self.fix("is named in `fixed`", *tree_leaves(out))
 
     def layer(self, name, m, x, out):
         if isinstance(m, LAYERS):
-            self.calls.append((name, m, out.numel() // m.writes.active, x.numel() // m.reads.active))
+            self.calls.append((m, out.numel() // m.writes.active, x.numel() // m.reads.active))
             return self.carry(out, m.writes)
         known, groups = self.layers.get(m), getattr(m, "groups", 1)
         if self.training and not known:
@@ -1114,8 +1117,8 @@ def _weight_tables(net, trace):
     """
     one = _count(net, WidthGroup(1, fixed=True))
     flops, params = (torch.zeros(2 * [net.num_widths + 1], dtype=torch.float64) for _ in range(2))
-    known, terms = set(), {"constant": torch.outer(one, one)}
-    for _, layer, pixels, pixels_read in trace.calls:
+    known, terms = set(), defaultdict(int, {"constant": torch.outer(one, one)})
+    for layer, pixels, pixels_read in trace.calls:
         read, written = _count(net, layer.reads), _count(net, layer.writes)
         kind = type(layer), getattr(layer, "kernel_size", 1), getattr(layer, "stride", 1), layer.mixes, pixels
         for p in layer.parameters(recurse=False):
@@ -1125,9 +1128,9 @@ def _weight_tables(net, trace):
                 params += size
             if p.ndim > 1:
                 flops += size * pixels
-                for what, value in (("flops", size * pixels), ("reads", torch.outer(one, read) * pixels_read),
-                                    ("writes", torch.outer(one, written) * pixels)):  # fmt: skip
-                    terms[what, kind] = terms.get((what, kind), 0) + value
+                terms["flops", kind] += size * pixels
+                terms["reads", kind] += torch.outer(one, read) * pixels_read
+                terms["writes", kind] += torch.outer(one, written) * pixels
         known.add(layer)
     full = _with_one(net._max)
     others = {p for m in net.modules() if not isinstance(m, LAYERS) for p in m.parameters(recurse=False)}
