@@ -1186,14 +1186,14 @@ def _require_wiring(net, full):
 
 
 def _configurations(net):
-    """Random channel counts (d,), each with its mirror image, until every group has been narrower (has had the smaller share
-    of its channels) than every other and than at full width. One way round is not enough: one channel is broadcast, and fits.
+    """Random channel counts (d,), two or as many as it takes until every group has been narrower than at full width, and any
+    two have differed in their share of channels: of several each, or both ways round, as one alone is broadcast, and fits.
     """
-    most, step = (torch.tensor([1] + [getattr(g, k) for g in net.groups]) for k in ("max", "step"))
-    random, narrower = torch.Generator().manual_seed(0), torch.eye(len(most)).bool() | (most == step)[:, None]
-    while not narrower.all():
-        drawn = torch.rand(len(most), generator=random)
-        for u in (drawn, 1 - drawn):
-            counts = step * (u * (most // step)).ceil().long().clamp(min=1)
-            narrower |= (counts / most)[:, None] < counts / most
-            yield counts[1:]
+    most, step = (torch.tensor([1] + [getattr(g, k) for g in net.groups]) for k in ("max", "step"))  # the 1 is at full width
+    random, tried = torch.Generator().manual_seed(0), 0 if net.groups else 2
+    told = torch.eye(len(most)).bool() | (most == step)[:, None]
+    while tried < 2 or not told.all():
+        counts = step * (1 + (torch.rand(len(most), generator=random) * (most // step)).long())
+        share, several, tried = counts / most, counts > 1, tried + 1
+        told |= (share[:, None] < share) | (share[:, None] != share) & several[:, None] & several
+        yield counts[1:]
