@@ -12,13 +12,11 @@
     net = load("front.pt")                    # what a run of train.py wrote
     net.use(flops=0.5)                        # its best configuration within half the FLOPs, ready to run
 
-The whole idea is the `WidthGroup`: tensors that are added share one, a layer is told which group
-it reads and which it writes, and choosing widths is setting each group's `active` once. Forward
-passes read like the ordinary networks'; costs are found by watching one forward pass.
-
-`slimmable` finds out which group each layer of an ordinary network reads and writes, and puts this file's layers into
-their places. To say it yourself, write the network with `Conv2d`, `BatchNorm2d` and `Linear` of this file and wrap it:
-`Slimmable(MyNet(), image=(3, 32, 32))`. ResNet and MobileNetV2 below are written so.
+The whole idea is the `WidthGroup`: tensors that are added share one, a layer is told which group it reads and which it
+writes, and choosing widths is setting each group's `active` once. Forward passes read like the ordinary networks'; costs are
+found by watching one forward pass. So are, by `slimmable`, the groups of an ordinary network. To tell them yourself, write
+the network with this file's `Conv2d`, `BatchNorm2d` and `Linear`, as ResNet and MobileNetV2 are written below, and wrap it:
+`Slimmable(MyNet(), image=(3, 32, 32))`.
 
 In order: layers; `Slimmable`; how groups are found; ResNet and MobileNetV2; the deployable file; pretrained weights;
 latency; cost tables. This file needs torch alone.
@@ -31,7 +29,7 @@ import itertools
 import math
 import time
 import zipfile
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 
 import torch
 import torch.nn.functional as F
@@ -48,15 +46,17 @@ from torch.utils.flop_counter import flop_registry
 class WidthGroup:
     """Channels that must agree. `max` exist, the first `active` of them are in use, a multiple of `step`.
 
-    A `fixed` group (image channels, MobileNetV2's last 1280) is never slimmed and takes no place in
-    the width vector. Raises ValueError for max below 1.
+    A `fixed` group (image channels, MobileNetV2's last 1280; `slimmable` gives the reason) is never slimmed and takes no
+    place in the width vector. Raises ValueError for max below 1.
     """
+
+    parts, each = property(lambda self: (self,)), 1  # as a Concatenation has them
 
     def __init__(self, max: int, fixed: bool | str = False, step: int = 1):
         if max < 1:
             raise ValueError(f"max must be at least 1, got {max}")
         self.max = self.active = max
-        self.fixed, self.step = fixed, step  # `slimmable` gives the reason; a grouped convolution's parts are the step
+        self.fixed, self.step = fixed, step
 
 
 class Concatenation:
@@ -66,30 +66,44 @@ class Concatenation:
     """
 
     fixed = True  # its width is its parts'
-
-    def __init__(self, *parts: "WidthGroup | Concatenation", each: int = 1):
-        self.parts = tuple(g for part in parts for g in parts_of(part))  # of a Concatenation, its own
-        self.each = each
-
     max = property(lambda self: self.each * sum(g.max for g in self.parts))
     active = property(lambda self: self.each * sum(g.active for g in self.parts))
 
-    def cut(self, t: Tensor, dim: int) -> list[Tensor]:
-        """Views of what is in use of each part, in a dimension where every part has room for its full width."""
-        parts = zip(t.split([self.each * g.max for g in self.parts], dim), self.parts)
-        return [part.narrow(dim, 0, self.each * g.active) for part, g in parts]
+    def __init__(self, *parts: "WidthGroup | Concatenation", each: int = 1):
+        self.parts, self.each = tuple(g for part in parts for g in part.parts), each
 
 
-def parts_of(channels: WidthGroup | Concatenation) -> tuple[WidthGroup, ...]:
-    return getattr(channels, "parts", (channels,))
+def views(t: Tensor, channels: WidthGroup | Concatenation, dim: int = 0) -> list[tuple[WidthGroup, Tensor]]:
+    """Each part, and what is its own in a dimension where every part has room for its full width."""
+    return list(zip(channels.parts, t.split([channels.each * g.max for g in channels.parts], dim)))
 
 
-def used_parts(t: Tensor, channels: WidthGroup | Concatenation, dim: int) -> Tensor:
-    """(..., sum of max, ...) -> (..., sum of active, ...): of a concatenation's parts what is not used is left out, since in
-    the input they lie side by side. For a group, t itself: see `first_channels`."""
-    if isinstance(channels, WidthGroup) or t.shape[dim] == channels.active:
-        return t
-    return torch.cat(channels.cut(t, dim), dim)
+def cut(t: Tensor, channels: WidthGroup | Concatenation, dim: int = 0) -> list[Tensor]:
+    """Views of what is in use of each part."""
+    return [part.narrow(dim, 0, channels.each * g.active) for g, part in views(t, channels, dim)]
+
+
+def in_steps(channels: WidthGroup | Concatenation, step: int) -> bool:
+    """Lets the channels of every part come and go `step` at a time; False where they cannot."""
+    if step > 1 and (channels.each > 1 or any(g.max % step for g in channels.parts)):
+        return False
+    for g in channels.parts:
+        g.step = math.lcm(g.step, step)
+    return True
+
+
+def used(t: Tensor | None, writes: WidthGroup | Concatenation, reads: WidthGroup | Concatenation | None = None):
+    """What is in use of a layer's vector or weight, (writes.max, ...); (writes.max, reads.max, ...) where `reads` is given.
+
+    Of a concatenation's parts what is not used is left out, since in the input they lie side by side.
+    """
+    if t is None:
+        return None
+    both = [writes, reads] if reads else [writes]
+    for dim, channels in enumerate(both):
+        if isinstance(channels, Concatenation) and t.shape[dim] != channels.active:
+            t = torch.cat(cut(t, channels, dim), dim)
+    return first_channels(t, *(channels.active for channels in both))
 
 
 def first_channels(t: Tensor, *sizes: int) -> Tensor:
@@ -124,72 +138,57 @@ class Conv2d(nn.Conv2d):
         self.reads, self.writes = reads, writes
 
     depthwise = property(lambda self: self.groups > 1)  # or of some channels a part: writes the group that it reads
+    mixes = property(lambda self: self.groups == 1)  # each output is a sum over all channels that it reads
+    groups_in_use = property(lambda self: self.groups if self.mixes else self.groups * self.writes.active // self.writes.max)
 
     def forward(self, input):
-        i, o = self.reads.active, self.writes.active
-        weight, bias, padding, groups = self.weight, self.bias, self.padding, self.groups
-        if groups > 1:
-            groups = o * groups // self.out_channels
-            weight, bias = (t if t is None else used_parts(t, self.writes, 0) for t in (weight, bias))
-        else:
-            weight = used_parts(weight, self.reads, 1)
+        padding = self.padding
         if self.padding_mode != "zeros":
             input, padding = F.pad(input, self._reversed_padding_repeated_twice, self.padding_mode), 0
-        bias = None if bias is None else first_channels(bias, o)
-        return F.conv2d(input, first_channels(weight, o, i // groups), bias, self.stride, padding, self.dilation, groups)
+        weight, bias = used(self.weight, self.writes, self.reads if self.mixes else None), used(self.bias, self.writes)
+        return F.conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups_in_use)
 
     def plain(self):
-        i, o, how = self.reads.active, self.writes.active, (self.kernel_size, self.stride, self.padding, self.dilation)
-        groups = o * self.groups // self.out_channels if self.groups > 1 else 1
-        return nn.Conv2d(i, o, *how, groups, self.bias is not None, self.padding_mode)
-
-
-def in_steps(channels: WidthGroup | Concatenation, step: int) -> bool:
-    """Lets the channels of every part come and go `step` at a time; False where they cannot."""
-    if step > 1 and (getattr(channels, "each", 1) > 1 or any(g.max % step for g in parts_of(channels))):
-        return False
-    for g in parts_of(channels):
-        g.step = math.lcm(g.step, step)
-    return True
+        sizes = {"in_channels": self.reads.active, "out_channels": self.writes.active, "groups": self.groups_in_use}
+        return nn.Conv2d, sizes
 
 
 class BatchNorm2d(nn.BatchNorm2d):
     """`nn.BatchNorm2d` of a group, with momentum 0: training leaves running statistics alone.
 
     They mean nothing while widths change, and at first they are 0 and 1: a network that was only trained gives nonsense
-    in eval(). Calibration sets them for one configuration at a time, before
-    eval() or extract(): in train(), under no_grad, the k-th batch (from 1) runs with momentum 1 / k; then
-    it is 0 again (`joslim.calibrate_bn`).
+    in eval(). Calibration sets them for one configuration at a time, before eval() or extract(): in train(), under no_grad,
+    the k-th batch (from 1) runs with momentum 1 / k; then it is 0 again (`joslim.calibrate_bn`).
     """
 
-    theirs = 0.1  # the momentum of what is extracted
+    mixes = False
 
     def __init__(self, group):
-        super().__init__(group.max, momentum=0.0)
+        super().__init__(group.max)
+        self.theirs, self.momentum = self.momentum, 0.0  # the momentum of what is extracted; ours
         self.reads = self.writes = group
 
     def forward(self, input):
         mean = var = None
         if self.momentum or not self.training:
-            mean, var = self.used(self.running_mean), self.used(self.running_var)
+            mean, var = used(self.running_mean, self.writes), used(self.running_var, self.writes)
         training = self.training or mean is None
-        weight, bias = self.used(self.weight), self.used(self.bias)
+        weight, bias = used(self.weight, self.writes), used(self.bias, self.writes)
         out = F.batch_norm(input, mean, var, weight, bias, training, self.momentum, self.eps)
         if self.training and mean is not None and isinstance(self.writes, Concatenation):  # they may be copies
             for stat, new in ((self.running_mean, mean), (self.running_var, var)):
-                for part, value in zip(parts := self.writes.cut(stat, 0), new.split([len(part) for part in parts])):
-                    part.copy_(value)
+                parts = cut(stat, self.writes)
+                torch._foreach_copy_(parts, new.split([len(part) for part in parts]))
         return out
 
-    def used(self, t):
-        return None if t is None else first_channels(used_parts(t, self.writes, 0), self.writes.active)
-
     def plain(self):
-        return nn.BatchNorm2d(self.writes.active, self.eps, self.theirs, self.affine, self.track_running_stats)
+        return nn.BatchNorm2d, {"num_features": self.writes.active}
 
 
 class Linear(nn.Linear):
     """`nn.Linear` from a group to another, or to a number of outputs, which are never slimmed."""
+
+    mixes = True
 
     def __init__(self, reads, writes, bias=True):
         writes = WidthGroup(writes, fixed=True) if isinstance(writes, int) else writes
@@ -197,45 +196,34 @@ class Linear(nn.Linear):
         self.reads, self.writes = reads, writes
 
     def forward(self, input):
-        i, o = self.reads.active, self.writes.active
-        weight = first_channels(used_parts(self.weight, self.reads, 1), o, i)
-        return F.linear(input, weight, None if self.bias is None else first_channels(self.bias, o))
+        return F.linear(input, used(self.weight, self.writes, self.reads), used(self.bias, self.writes))
 
     def plain(self):
-        return nn.Linear(self.reads.active, self.writes.active, self.bias is not None)
-
-
-def subsample(x: Tensor, stride: int, more: int) -> Tensor:
-    """Every stride-th pixel, and `more` channels of zeros after the last; where it is negative, so many fewer channels."""
-    return F.pad(x[:, :, ::stride, ::stride], [0, 0, 0, 0, 0, more])
+        return nn.Linear, {"in_features": self.reads.active, "out_features": self.writes.active}
 
 
 class PlainShortcut(nn.Module):
-    """`subsample` as a module."""
-
-    def __init__(self, stride, more):
-        super().__init__()
-        self.stride, self.more = stride, more
+    """Every stride-th pixel, and `more` channels of zeros after the last; where it is negative, so many fewer channels."""
 
     def forward(self, x):
-        return subsample(x, self.stride, self.more)
+        return F.pad(x[:, :, :: self.stride, :: self.stride], [0, 0, 0, 0, 0, self.more])
 
 
-class Shortcut(nn.Module):
+class Shortcut(PlainShortcut):
     """ResNet's parameter-free shortcut between stages (He et al. 2016, option A): channel i goes to channel i.
 
     As far as both groups have channels: layer-wise widths can leave the later stage the narrower one.
     """
 
+    mixes = False
+    more = property(lambda self: self.writes.active - self.reads.active)
+
     def __init__(self, reads, writes, stride):
         super().__init__()
         self.reads, self.writes, self.stride = reads, writes, stride
 
-    def forward(self, x):
-        return subsample(x, self.stride, self.writes.active - self.reads.active)
-
     def plain(self):
-        return PlainShortcut(self.stride, self.writes.active - self.reads.active)
+        return PlainShortcut, {"more": self.more}
 
 
 LAYERS = Conv2d, BatchNorm2d, Linear, Shortcut
@@ -244,12 +232,12 @@ COSTS = "flops", "params", "memory", "latency"
 # ------------------------------------------------------------------------------ the slimmable network
 
 
-class Slimmable(nn.Sequential):
+class Slimmable(nn.Module):
     """A network whose layers read and write width groups.
 
     Args:
-        layers: named children, run one after another; or one module, whose children and parameters become this
-            network's own, by the same names, and whose forward pass it runs.
+        layers: one module, whose children and parameters become this network's own, by the same names, and whose forward
+            pass it runs; or named children, run one after another.
         image: (channels, height, width) of one input, for the costs.
         divisor: channel counts are multiples of it, but for the full network's; of 8, they run faster on most processors.
 
@@ -258,7 +246,7 @@ class Slimmable(nn.Sequential):
         names: for each group, the first layer that writes it.
         num_widths: d, the length of a configuration.
         kept: of a network that `slimmable` made: by name, the layers that keep their width, and why.
-        whole: the module, where `layers` is one.
+        whole: the module, in which no name stands for anything else.
         front: of a network that `load` returned, {"flops": (k,), ..., "top1": (k,), "widths": (k, d)}, by rising cost.
         statistics: of one, too: BatchNorm's for each row of the front (k, s), as `get_statistics` has them.
         data: of one, too: {"classes": names, "mean": ..., "std": ...} of the images.
@@ -266,11 +254,13 @@ class Slimmable(nn.Sequential):
     Raises ValueError, with the layer's name, where costs cannot be told from the layers: see `_require_wiring`.
     """
 
-    front = statistics = data = latency_table = kept = whole = None
+    front = statistics = data = latency_table = kept = None
 
     def __init__(self, layers: "OrderedDict[str, nn.Module] | nn.Module", image: tuple[int, int, int], divisor: int = 1):
-        super().__init__(OrderedDict() if isinstance(layers, nn.Module) else layers)
-        whole = layers if isinstance(layers, nn.Module) else self
+        super().__init__()
+        whole = layers if isinstance(layers, nn.Module) else nn.Sequential(layers)
+        held = "training", "_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"
+        vars(self).update({k: vars(whole)[k] for k in held}, whole=whole)  # the same children hang on both
         self.image, self.divisor = image, divisor
         names = {}
         for name, m in whole.named_modules():
@@ -280,17 +270,13 @@ class Slimmable(nn.Sequential):
         self.num_widths = len(self.groups)
         self._max = torch.tensor([g.max for g in self.groups], dtype=torch.float64)
         self._step = torch.tensor([math.lcm(g.step, divisor) for g in self.groups], dtype=torch.float64)
-        if whole is not self:  # the same children and parameters hang on both
-            held = "training", "_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"
-            vars(self).update({k: vars(whole)[k] for k in held}, whole=whole)
-        trace = _Trace(self, image)
+        trace = _Watch(whole, image)
+        trace.run()
         self._flops, self._params, self._terms = _weight_tables(self, trace)
-        _require_wiring(self, image, trace)
+        _require_wiring(self, trace)
         self._live = _activation_table(self, trace)
 
     def forward(self, x):
-        if self.whole is None:
-            return super().forward(x)
         self.whole.training = self.training
         return self.whole(x)
 
@@ -324,9 +310,9 @@ class Slimmable(nn.Sequential):
         return torch.where(a == 1, most, (c / n).round().clamp(min=1).mul(n).minimum(most))
 
     def flops(self, a: Tensor | float, relaxed: bool = False) -> Tensor:
-        """Multiply-accumulates of convolutions and matrix products for one image: a (..., d) -> (...,).
+        """Multiply-accumulates of convolutions and matrix products for one image: a (..., d) -> (...,), float64.
 
-        float64. `relaxed` skips the rounding of channel counts, which makes it differentiable in a.
+        `relaxed` skips the rounding of channel counts, which makes it differentiable in a.
         """
         return self._quadratic(self._flops, a, relaxed)
 
@@ -337,20 +323,16 @@ class Slimmable(nn.Sequential):
     def memory(self, a: Tensor | float, relaxed: bool = False) -> Tensor:
         """Peak bytes of float32 inference at batch size 1: a (..., d) -> (...,). `relaxed` as in `flops`.
 
-        All weights, plus the largest set of activations alive at one time: what an operation reads
-        and writes, and what a later one still needs (the residual). In this file's networks ReLUs and
-        additions work in place (yours are counted as you wrote them); BatchNorm is not folded into
-        the convolution before it.
+        All weights, plus the largest set of activations alive at one time: what an operation reads and writes, and what a
+        later one still needs (the residual). In this file's networks ReLUs and additions work in place (yours are counted as
+        you wrote them); BatchNorm is not folded into the convolution before it.
         """
         c = _with_one(self.channels(a, relaxed))
         live = (c @ self._live.to(c.device).T).amax(-1)
         return 4 * (self._quadratic(self._params, a, relaxed) + live)
 
     def latency(self, a: Tensor | float, relaxed: bool = False) -> Tensor:
-        """Milliseconds of a forward pass as `fit_latency` found them: a (..., d) -> (...,). `relaxed` as in `flops`.
-
-        Raises ValueError before that.
-        """
+        """Milliseconds as `fit_latency` found them, or else ValueError: a (..., d) -> (...,). `relaxed` as in `flops`."""
         if self.latency_table is None:
             raise ValueError("latency: measure some configurations, and fit_latency() first")
         return self._quadratic(self.latency_table, a, relaxed)
@@ -373,14 +355,14 @@ class Slimmable(nn.Sequential):
         return relative @ weights - 1
 
     def _quadratic(self, form, a, relaxed):
-        # A weight's size is a constant times its input group's count times its output group's, so that all
-        # sizes together are a quadratic form: one matrix serves thousands of configurations at once.
+        # A weight's size is a constant times its input group's count times its output group's, so that all sizes together
+        # are a quadratic form: one matrix serves thousands of configurations at once.
         c = _with_one(self.channels(a, relaxed))
         return ((c @ form.to(c.device)) * c).sum(-1)
 
     def extract(self, a: Tensor | float | None = None) -> nn.Module:
         """A plain network (nn.Conv2d, nn.BatchNorm2d, nn.Linear) with copies of the weights used at `a`: nn.Sequential, or
-        of the class that `slimmable` was given; the names of its weights are the same.
+        of the class of the module that was given; the names of its weights are the same.
 
         None means the widths now set, which this call leaves as they were. The memory format is kept.
         Running statistics come along; they fit only the configuration that BatchNorm was last calibrated for.
@@ -389,20 +371,20 @@ class Slimmable(nn.Sequential):
         try:
             if a is not None:
                 self.set_widths(a)
-            plain = {id(m): _plain(m) for m in self.modules() if isinstance(m, LAYERS)}
-            # deepcopy takes a module that its memo knows from there: every layer becomes its plain twin. (Here, since
-            # a module of your own may hold a group, and is copied with the width it has now.)
-            if self.whole is None:
-                return nn.Sequential(OrderedDict((k, copy.deepcopy(m, plain)) for k, m in self.named_children())).train(mode)
-            net = _copy(self.whole, plain)
-            net.training = mode
-            for m in net.modules():
-                if isinstance(m, _BatchNorm):
-                    m.momentum = vars(m).pop("theirs", m.momentum)
-            return net
+            shares = {id(t): _cut(m, t) for m in self.modules() if isinstance(m, LAYERS) for t in _weights(m)}
+            net = _copy(self.whole, shares)  # a module of your own may hold a group, and has it with the width of now
         finally:
             for g, n in zip(self.groups, before):
                 g.active = n
+        net.training = mode
+        for m in net.modules():
+            if isinstance(m, LAYERS):
+                m.__class__, sizes = m.plain()
+                del m.reads, m.writes
+                vars(m).update(sizes)
+            if isinstance(m, _BatchNorm):
+                m.momentum = vars(m).pop("theirs", m.momentum)
+        return net
 
     def use(self, **budget: float) -> dict[str, float]:
         """Runs from now on at the front's best configuration within a budget, in eval mode: use(flops=0.5).
@@ -442,32 +424,22 @@ def round_up(costs: Tensor, digits: int) -> list[str]:
     return shown if len({*shown}) == len({*costs.tolist()}) or digits > 12 else round_up(costs, digits + 1)
 
 
-def _mixes(layer):
-    """Whether each of the layer's outputs is a sum over all channels that it reads."""
-    return isinstance(layer, (nn.Conv2d, nn.Linear)) and getattr(layer, "groups", 1) == 1
-
-
 def _copy(net, memo=()):
     """A deep copy. What torch refuses to copy, tensors that a forward pass left in attributes, is detached in it."""
     left = [t for m in net.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
     return copy.deepcopy(net, {id(t): t.detach().clone() for t in left} | dict(memo))
 
 
-def _plain(layer):
-    plain, state = layer.plain(), layer.state_dict()
-    own = {k: v for k, v in vars(layer).items() if k not in vars(plain) and k not in ("reads", "writes", "theirs")}
-    vars(plain).update(copy.deepcopy(own), training=layer.training)  # `own`: what a forward pass may look for
-    for name, t in state.items():
-        if t.ndim:
-            t = used_parts(t, layer.writes, 0)
-            state[name] = used_parts(t, layer.reads, 1) if t.ndim > 1 and _mixes(layer) else t
-    cut = {k: state[k][tuple(map(slice, v.shape))].clone() for k, v in plain.state_dict().items()}
-    plain.load_state_dict(cut, assign=True)
-    for name, p in layer.named_parameters():
-        plain.get_parameter(name).requires_grad_(p.requires_grad)
-    if any(p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last) for p in layer.parameters()):
-        plain.to(memory_format=torch.channels_last)
-    return plain
+def _weights(m):
+    return [t for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+
+
+def _cut(layer, t):
+    """A copy of what is in use of one of the layer's weights."""
+    last = t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last)
+    kept = used(t.detach(), layer.writes, layer.reads if t.ndim > 1 and layer.mixes else None) if t.ndim else t
+    kept = kept.clone(memory_format=torch.channels_last if last else torch.contiguous_format)
+    return nn.Parameter(kept, t.requires_grad) if isinstance(t, nn.Parameter) else kept
 
 
 # ------------------------------------------------------------------------------ how groups are found
@@ -487,64 +459,107 @@ def slimmable(net: nn.Module, image: tuple[int, int, int], divisor: int = 1, fix
     then name the layer before it in `fixed`).
     """
     net = _copy(net)
-    watch = _Watch(net, image, fixed)
-    for m, (reads, writes) in watch.layers.items():
-        if isinstance(m, nn.BatchNorm2d) or not all(g.fixed for c in (reads, writes) for g in parts_of(c)):
-            m.__class__ = watch.TWINS[type(m)]  # weights and settings stay
+    layers, kept = _Watch(net, image).find({*fixed})
+    for m, (reads, writes) in layers.items():
+        if isinstance(m, nn.BatchNorm2d) or not all(g.fixed for g in reads.parts + writes.parts):
+            m.__class__ = TWINS[type(m)]  # weights and settings stay
             m.reads, m.writes = reads, writes
     for m in net.modules():
         if isinstance(m, _BatchNorm):
             m.theirs, m.momentum = m.momentum, 0.0
-    out = Slimmable(net, image, divisor)
-    out.kept = watch.kept
-    return out
+    slim = Slimmable(net, image, divisor)
+    slim.kept = kept
+    return slim
+
+
+TWINS = {nn.Conv2d: Conv2d, nn.BatchNorm2d: BatchNorm2d, nn.Linear: Linear}
+# What is done to each value (as what torch tags so), and what makes maps of other sizes of each map alone.
+POINTWISE = {*"""hardswish hardswish_ mish_ _prelu_kernel expand copy_ detach alias _to_copy native_dropout bernoulli_ fill_
+                 zero_ empty_like zeros_like ones_like full_like rand_like randn_like masked_fill masked_fill_
+                 where""".split()}  # fmt: skip
+SPATIAL = {*"""max_pool2d_with_indices avg_pool2d _adaptive_avg_pool2d adaptive_max_pool2d reflection_pad2d replication_pad2d
+               upsample_nearest2d _upsample_nearest_exact2d upsample_bilinear2d upsample_bicubic2d new_empty""".split()}
+ALONG = {"slice", "select", "squeeze", "unsqueeze"}  # the dimensions that are their second argument
+REDUCE = {"mean", "sum", "amax", "amin", "max", "min"}
+VIEW = {"view", "_unsafe_view", "_reshape_alias"}
 
 
 class _Watch(TorchDispatchMode):
-    """Which groups do an ordinary network's layers read and write? Seen in a forward pass on the meta device.
+    """A forward pass at the widths now set, on the meta device, where no arithmetic is done: which groups do the layers read
+    and write, which of them are one, and what does it all cost?
 
-    A convolution writes a new group. Tensors carry it on: through BatchNorm, activation functions, pooling. Where two
-    tensors are added or multiplied, each channel of one meets the same channel of the other: one of their groups becomes
-    the other. What reads concatenated tensors reads a `Concatenation`.
+    A convolution writes a new group, or the one that it was told. Tensors carry it on: through BatchNorm, activation
+    functions, pooling. Where two tensors are added or multiplied, each channel of one meets the same channel of the other:
+    one of their groups becomes the other. What reads concatenated tensors reads a `Concatenation`.
 
         x = conv1(image)                         conv1 writes a
         y = conv3(relu(bn(conv2(x))))            conv2 reads a and writes b, as does bn; conv3 reads b and writes c
         z = x + y                                c becomes a: that is what conv3 writes
         conv4(torch.cat([z, conv2(z)], 1))       conv4 reads (a, b)
 
-    Any other operation fixes what it reads, and so does the end of the network. A second pass shows what happens in
-    training alone.
+    Any other operation fixes what it reads, and so does the end of the network. `follow` has the rules for tensors,
+    `layer` for layers; `find` draws the conclusions.
 
-    layers: of each layer what it reads and what it writes.
-    kept: of each layer that keeps its width, by name, the reason.
+    layers: of each layer of an ordinary network what it reads and what it writes, when it is first called.
+    same: pairs of groups that are one. reasons: for each group that is fixed. odd: for each module that is no such layer.
+
+    times: how often each module was called.
+    calls: (layer, its output's pixels, its input's) of this file's layers, in order; a shared one comes twice.
+    macs: multiply-accumulates of all operations.
+    lives: of each activation [channels it carries, values, first operation, last operation, layer before].
+
+    A ResNet block, whose ReLUs and addition work in place. A column is an operation: its stars are in memory at once.
+
+                    conv1  bn1  relu  conv2  bn2  add  relu
+        x             *     *     *     *     *    *           the shortcut waits for the addition
+        conv1(x)      *     *
+        bn1(...)            *     *     *
+        conv2(...)                      *     *
+        bn2(...)                              *    *    *  ->  the next block's x
+
+    Raises ValueError, with a layer's name, where the network does not run, or a layer gets something else than it reads.
     """
 
-    TWINS = {nn.Conv2d: Conv2d, nn.BatchNorm2d: BatchNorm2d, nn.Linear: Linear}
-    # What is done to each value (as what torch tags so), and what makes maps of other sizes of each map alone.
-    POINTWISE = {*"""hardswish hardswish_ mish_ _prelu_kernel expand copy_ detach alias _to_copy native_dropout bernoulli_
-                     fill_ zero_ empty_like zeros_like ones_like full_like rand_like randn_like masked_fill masked_fill_
-                     where""".split()}  # fmt: skip
-    SPATIAL = {*"""max_pool2d_with_indices avg_pool2d _adaptive_avg_pool2d adaptive_max_pool2d reflection_pad2d
-                   replication_pad2d upsample_nearest2d _upsample_nearest_exact2d upsample_bilinear2d upsample_bicubic2d
-                   new_empty""".split()}  # fmt: skip
-    ALONG = {"slice", "select", "squeeze", "unsqueeze"}  # the dimensions that are their second argument
-    REDUCE = {"mean", "sum", "amax", "amin", "max", "min"}
-    VIEW = {"view", "_unsafe_view", "_reshape_alias"}
-
-    def __init__(self, net, image, fixed):
+    def __init__(self, net, image):
         super().__init__()
-        self.modules, self.layers, self.became, self.carried, self.alive = dict(net.named_modules()), {}, {}, {}, []
-        self.to_fix, self.name, self.inside = {*fixed}, "the image", None
-        if self.to_fix - self.modules.keys():
-            raise ValueError(f"fixed: the network has no module {min(self.to_fix - self.modules.keys())!r}")
-        places = Counter((_storage(t), t.storage_offset()) for m in net.modules() for t in _weights(m))
-        shared = {m for m in net.modules() if any(places[_storage(t), t.storage_offset()] > 1 for t in _weights(m))}
-        self.odd = {m: why for m in net.modules() if (why := self.oddity(m) or m in shared and "shares its weights")}
-        for self.training in (False, True):
+        self.net, self.image, self.name, self.inside, self.modules = net, image, "the image", None, dict(net.named_modules())
+        self.layers, self.same, self.reasons, self.odd, self.to_fix = {}, [], {}, dict.fromkeys(net.modules()), ()
+        self.times, self.calls, self.macs, self.lives, self.operations = Counter(), [], 0, {}, 0
+        self.carried, self.alive = {}, []  # by id: kept alive, so that none comes twice
+
+    def run(self, count=1, training=False):
+        """The forward pass of so many images, by a copy of the network whose weights are shapes alone: returns its output."""
+        shapes, self.training = {}, training
+        for t in (t for m in self.modules.values() for t in _weights(m)):
+            shape = t.detach().to("meta")
+            shapes[id(t)] = nn.Parameter(shape, t.requires_grad) if isinstance(t, nn.Parameter) else shape
+        copied = _copy(self.net, shapes)
+        self.weights = {_storage(t): m for m, twin in zip(self.modules.values(), copied.modules()) for t in _weights(twin)}
+        for (name, m), twin in zip(self.modules.items(), copied.modules()):
+            twin.training = training
+            twin.register_forward_pre_hook(functools.partial(self.enter, name, m), with_kwargs=True)
+            twin.register_forward_hook(functools.partial(self.leave, name, m), with_kwargs=True, always_call=True)
+        dtype = next((p.dtype for p in self.net.parameters() if p.is_floating_point()), None)
+        x = torch.empty(count, *self.image, device="meta", dtype=dtype)
+        self.meet(x)
+        try:
+            with torch.no_grad(), self:
+                return copied(x)
+        except Exception as e:  # whatever a network of one's own may raise
+            raise ValueError(f"after {self.name}: {e}") from e
+
+    def find(self, fixed):
+        """Of each layer what it reads and what it writes; of each that keeps its width, by name, the reason."""
+        if fixed - self.modules.keys():
+            raise ValueError(f"fixed: the network has no module {min(fixed - self.modules.keys())!r}")
+        uses, self.to_fix = Counter(t for m in self.odd for t in _weights(m)), fixed
+        shared = {m: "shares its weights" for m in self.odd if any(uses[t] > 1 for t in _weights(m))}
+        self.odd = shared | {m: why for m in self.odd if (why := _oddity(m))}
+        for training in (False, True):
             try:  # two images: BatchNorm needs them in training, and the batch is not taken for a dimension of one
-                out = _run_on_meta(net, self, 2, image, self.training)
+                out = self.run(2, training)
             except ValueError:
-                if not self.training:
+                if not training:
                     raise
                 break  # in training it takes labels, say: what was seen in eval() must do
             for t in tree_leaves(out):
@@ -552,148 +567,196 @@ class _Watch(TorchDispatchMode):
                     self.fix("is an output of the network", t)
                 elif not isinstance(t, (int, float, str, type(None))):
                     self.fix(f"may be in the network's output, a {type(t).__name__}", *self.alive)
-        once = {}  # what has the same parts is to be the same
+        became, once, layers, kept = {}, {}, {}, {}
+
+        def now(g):
+            while g in became:
+                g = became[g]
+            return g
+
+        for g, why in self.reasons.items():
+            g.fixed = g.fixed or why
+        for one, other in self.same:  # two groups become one
+            one, other = now(one), now(other)
+            if one is not other:
+                became[other] = one
+                one.fixed, one.step = one.fixed or other.fixed, math.lcm(one.step, other.step)
         for m, pair in self.layers.items():
-            for c in (pair := [once.setdefault((c.parts, c.each), c) for c in map(self.now, pair)]):
-                for g in c.parts:
-                    g.fixed = g.fixed or g.step == g.max and "has no channels that could be left out"
-            self.layers[m] = [c.parts[0] if len(c.parts) == c.each == 1 else c for c in pair]
-        self.kept = {}
+            pair = [Concatenation(*map(now, c.parts), each=c.each) for c in pair]
+            for g in pair[0].parts + pair[1].parts:
+                g.fixed = g.fixed or g.step == g.max and "has no channels that could be left out"
+            # What has the same parts is to be the same; of one part, that.
+            pair = [once.setdefault((c.parts, c.each), c) for c in pair]
+            layers[m] = [c.parts[0] if len(c.parts) == c.each == 1 else c for c in pair]
         for name, m in self.modules.items():
-            if m in self.layers:  # where BatchNorm goes by what it reads
-                reasons = [g.fixed for g in parts_of(self.layers[m][1]) if not isinstance(m, nn.BatchNorm2d)]
+            if m in layers:  # where BatchNorm goes by what it reads
+                reasons = [g.fixed for g in layers[m][1].parts if not isinstance(m, nn.BatchNorm2d)]
             else:
                 several = not m._modules and any(p.numel() > 1 for p in m.parameters()) or isinstance(m, nn.Conv2d)
                 reasons = [self.odd.get(m, "is not called")] if several else []
             if reasons and all(reasons):
-                self.kept[name] = reasons[0]
+                kept[name] = reasons[0]
+        return layers, kept
 
-    def oddity(self, m):
-        """Why the layer is none of torch's own, as it comes from there."""
-        if type(m) not in self.TWINS:
-            return f"is a {type(m).__name__}"
-        hung = any(v for k, v in vars(m).items() if k.endswith("_hooks") or k == "_modules" or callable(v))
-        more = {*m._parameters, *m._buffers} - {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
-        return (hung or more) and "has something of its own hung on it"
-
-    def now(self, c):
-        """The Concatenation with, for each part, the group that it has become."""
-        parts = list(c.parts)
-        for i, g in enumerate(parts):
-            while g in self.became:
-                parts[i] = g = self.became[g]
-        return Concatenation(*parts, each=c.each)
-
-    def channels(self, t):
-        """What the tensor carries, now. A fixed group where that is nothing, or its shape was changed in place since."""
-        c = self.carried.get(id(t))
-        if c and t.shape[1:2] == (c.max,):
-            return self.now(c)
-        return Concatenation(WidthGroup(t.shape[1], f"meets what no layer wrote, after {self.name}"))
-
-    def carry(self, t, c):
-        self.carried[id(t)] = c
-        self.alive.append(t)  # so that no id comes twice
+    def unite(self, one, other, why):
+        """Each channel of one meets the same one of the other: their groups are one. Where they do not pair: fixed."""
+        if [g.max for g in one.parts] != [g.max for g in other.parts] or one.each != other.each:
+            return self.fix(f"{why}, beside other groups", one, other)
+        self.same += zip(one.parts, other.parts)
 
     def fix(self, why, *those):
-        """Tensors, or Concatenations."""
-        for c in [c if isinstance(c, Concatenation) else self.carried.get(id(c)) for c in those]:
-            for g in self.now(c).parts if c else ():
-                g.fixed = g.fixed or why
+        """Tensors, or channels."""
+        for c in [self.carried.get(id(c)) if isinstance(c, Tensor) else c for c in those]:
+            self.reasons = dict.fromkeys(c.parts if c else (), why) | self.reasons
 
-    def unite(self, a, b, why):
-        """Each channel of a meets the same one of b: their groups become one. Where they do not pair, they are fixed."""
-        if [g.max for g in a.parts] != [g.max for g in b.parts] or a.each != b.each:
-            return self.fix(f"{why}, beside other groups", a, b)
-        for i in range(len(a.parts)):
-            one, two = self.now(a).parts[i], self.now(b).parts[i]
-            if one is not two:
-                self.became[two] = one
-                one.fixed, one.step = one.fixed or two.fixed, math.lcm(one.step, two.step)
+    def carry(self, t, channels):
+        self.carried[id(t)] = channels
+        if _storage(t) in self.lives:
+            self.lives[_storage(t)][0] = channels
 
-    def enter(self, name, m, *inputs):
-        self.name = name
-        if m not in self.odd:
-            self.inside = m  # a layer's own operations are not looked at
+    def channels(self, t):
+        """What the tensor carries. A fixed group where that is nothing, or its shape was changed in place since."""
+        c = self.carried.get(id(t))
+        if c and t.shape[1:2] == (c.active,):
+            return c
+        return WidthGroup(t.shape[1], f"meets what no layer wrote, after {self.name}")
 
-    def leave(self, name, m, out, *inputs):
+    def meet(self, t):
+        values = t.untyped_storage().nbytes() // t.element_size()
+        self.lives.setdefault(_storage(t), [None, values, self.operations, 0, self.name])[3] = self.operations
+
+    def enter(self, name, m, twin, args, kwargs):
+        self.times[m] += 1
+        if isinstance(m, LAYERS):
+            x = (*args, *kwargs.values())[0]
+            shape = x.shape[-1:] if isinstance(m, Linear) else x.shape[1:2] * (x.ndim == 4)
+            if shape != (m.reads.active,):
+                raise ValueError(f"{name}: reads a group of which {m.reads.active} channels are in use, "
+                                 f"got an input of shape {tuple(x.shape)}")  # fmt: skip
+            carries = self.carried.get(id(x), m.reads)
+            if len(carries.parts) > 1 and _places(carries) != _places(m.reads):
+                raise ValueError(f"{name}: reads something else than the Concatenation of groups that it gets")
+        self.name = name or self.name
+        if isinstance(m, LAYERS) or m not in self.odd:
+            self.inside = m  # a layer's own operations are none of the network's
+
+    def leave(self, name, m, twin, args, kwargs, out):
         if self.inside is m:
             self.inside = None
             if out is not None:  # as it is after an error
-                self.layer(name, m, inputs[0], out)
+                self.layer(name, m, (*args, *kwargs.values())[0], out)
         if name in self.to_fix:
             self.fix("is named in `fixed`", *tree_leaves(out))
 
     def layer(self, name, m, x, out):
-        known, grouped = self.layers.get(m), getattr(m, "groups", 1) > 1
+        if isinstance(m, LAYERS):
+            self.calls.append((m, out.numel() // m.writes.active, x.numel() // m.reads.active))
+            return self.carry(out, m.writes)
+        known, groups = self.layers.get(m), getattr(m, "groups", 1)
         if self.training and not known:
             self.odd[m] = "is called in training alone"
         elif out.ndim != (2 if isinstance(m, nn.Linear) else 4):
             self.odd[m] = f"is called with {out.ndim} dimensions"
-        elif grouped and (m.in_channels != m.out_channels or not in_steps(self.channels(x), m.in_channels // m.groups)):
+        elif groups > 1 and (m.in_channels != m.out_channels or not in_steps(self.channels(x), m.in_channels // groups)):
             self.odd[m] = "is a grouped convolution from and to different channels"
         else:
             reads = writes = self.channels(x)
-            if _mixes(m):
-                writes = known[1] if known else Concatenation(WidthGroup(out.shape[1]))
+            if groups == 1 and not isinstance(m, nn.BatchNorm2d):
+                writes = known[1] if known else WidthGroup(out.shape[1])
             if known:
                 self.unite(known[0], reads, f"goes into {name} again")
-            self.layers[m] = reads, writes
+            self.layers[m] = known or (reads, writes)
             return self.carry(out, writes)
         self.fix(f"goes into {name}, which {self.odd[m]}", x, *known or ())
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        args, kwargs, read = _on_meta(args, kwargs or {})
-        out, name = op(*args, **kwargs), op._schema.name.removeprefix("aten::")
-        if self.inside:
-            return out
-        for t in read:
-            owner = self.modules.get(self.weights.get(_storage(t)))
-            if owner not in (None, *self.odd):
-                self.odd[owner] = f"has weights that go into {name}, too"
-                self.fix(self.odd[owner], *self.layers.get(owner, ()))
-        carried, made = [t for t in read if id(t) in self.carried], [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        kwargs = kwargs or {}
+        if any(isinstance(t, Tensor) and t.is_meta for t in tree_leaves((args, kwargs))):
+            args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
+        read, name = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)], op._schema.name.removeprefix("aten::")
+        # An activation function in place has nothing to do on the meta device, and takes long.
+        idle = name.endswith("_") and len(read) == 1 and torch.Tag.pointwise in op.tags
+        out = args[0] if idle else op(*args, **kwargs)
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        if op._overloadpacket in flop_registry:
+            self.macs += flop_registry[op._overloadpacket](*args, **kwargs, out_val=out) // 2
+        owners = [self.weights.get(_storage(t)) for t in read]
+        for m in owners:
+            if type(m) in TWINS and not self.inside and m not in self.odd:
+                self.odd[m] = f"has weights that go into {name}, too"
+                self.fix(self.odd[m], *self.layers.get(m, ()))
+        if self.inside and read and all(owners):
+            self.weights |= {_storage(t): self.inside for t in made}  # a cut weight is one
+        for t in read + made:  # statistics are vectors and pooling's indices integers: neither is an activation
+            if t.ndim > 1 and t.is_floating_point() and _storage(t) not in self.weights:
+                self.meet(t)
+        carried = [t for t in read if id(t) in self.carried]
         if carried:
             why = f"goes into {name} after {self.name}"
             c = self.follow(op, name, args, read, carried, made, why)
             if c is None:
-                self.fix(why, *carried)
+                if not self.inside:
+                    self.fix(why, *carried)
+                # Fixed, they may go on. In a network of this file's layers it is a guess, and `_require_wiring` sees to it.
+                c = next((self.carried[id(t)] for t in carried if made and t.numel() == made[0].numel()), ())
             for t in made if c else ():
                 self.carry(t, c)
+        self.alive += read + made
+        self.operations += 1
         return out
 
     def follow(self, op, name, args, read, carried, made, why):
-        """What all that an operation made carries: a Concatenation, or () for nothing. None: of this nothing is known."""
-        if not made or any(t.shape[1:2] != (self.carried[id(t)].max,) for t in carried):
+        """What all that an operation made carries: channels, or () for nothing. None: of this nothing is known."""
+        if not made or any(t.shape[1:2] != (self.carried[id(t)].active,) for t in carried):
             return None
         x, y, given = carried[0], made[0], args[1] if len(args) > 1 else None
         c = self.channels(x)
         if name == "cat" and given in (1, 1 - y.ndim):
             parts = [self.channels(t) for t in read if t.numel()]
             return Concatenation(*parts, each=c.each) if {part.each for part in parts} == {c.each} else None
-        if torch.Tag.pointwise in op.tags or name in self.POINTWISE or name == "cat":
+        if torch.Tag.pointwise in op.tags or name in POINTWISE or name == "cat":
             meet = [t for t in read if t.ndim >= y.ndim - 1 and t.shape[t.ndim - y.ndim + 1] == y.shape[1]]  # not broadcast
             if any(t.ndim != y.ndim for t in carried) or not meet:
                 return None
+            meet.sort(key=lambda t: id(t) not in self.carried)
             c, *others = [self.channels(t if t.ndim == y.ndim else t[None]) for t in meet]
             for other in others:
                 self.unite(c, other, why)
             return c
-        if name in self.VIEW:  # a channel's values lie side by side: so many more or fewer of them become channels
+        if name in VIEW:  # a channel's values lie side by side: so many more or fewer of them become channels
             entries = c.each * y.shape[1] if y.ndim > 1 and len(y) == len(x) else 1
             return Concatenation(*c.parts, each=entries // x.shape[1]) if entries % x.shape[1] == 0 else None
-        known = name in self.SPATIAL and x.ndim == 4 or name == "slice" and y.shape == x.shape
+        known = name in SPATIAL and x.ndim == 4 or name == "slice" and y.shape == x.shape
         if name == "constant_pad_nd":
             known = not any(given[2 * (x.ndim - 2) :])
-        elif name in self.ALONG | self.REDUCE:
-            dims = [given] if isinstance(given, int) else given or (range(x.ndim) if name in self.REDUCE else [0])
+        elif name in ALONG | REDUCE:
+            dims = [given] if isinstance(given, int) else given or (range(x.ndim) if name in REDUCE else [0])
             dims = {d % (x.ndim + (name == "unsqueeze")) for d in dims}
-            if name in self.REDUCE and 1 in dims:  # of all channels something: of no group's width
+            if name in REDUCE and 1 in dims:  # of all channels something: of no group's width
                 for t in made[1:]:
                     self.carry(t, Concatenation(*c.parts, each=0))  # which channel it is: whatever follows, they are fixed
                 return ()
             known = known or min(dims) > 1
         return c if known and y.shape[:2] == x.shape[:2] else None
+
+
+def _oddity(m):
+    """Why the layer is none of torch's own, as it comes from there."""
+    if type(m) not in TWINS:
+        return f"is a {type(m).__name__}"
+    hung = any(v for k, v in vars(m).items() if k.endswith("_hooks") or k == "_modules" or callable(v))
+    more = {*m._parameters, *m._buffers} - {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+    return (hung or more) and "has something of its own hung on it"
+
+
+def _storage(t):
+    return t.untyped_storage()._cdata
+
+
+def _places(channels):
+    """Where among the channels those of slimmed groups begin."""
+    starts = itertools.accumulate((channels.each * g.max for g in channels.parts), initial=0)
+    return [(start, g) for start, g in zip(starts, channels.parts) if not g.fixed]
 
 
 # ------------------------------------------------------------------------------ the architectures
@@ -809,19 +872,13 @@ def mobilenet_v2(num_classes, image, divisor=1):
 
 
 def _initialised(layers):
-    for layer in layers.values():
-        for m in layer.modules():
-            if isinstance(m, Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out")
+    for m in nn.Sequential(layers).modules():
+        if isinstance(m, Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode="fan_out")
     return layers
 
 
-RESNETS = {
-    "resnet8": (BasicBlock, (1, 1, 1)),
-    "resnet20": (BasicBlock, (3, 3, 3)),
-    "resnet32": (BasicBlock, (5, 5, 5)),
-    "resnet44": (BasicBlock, (7, 7, 7)),
-    "resnet56": (BasicBlock, (9, 9, 9)),
+RESNETS = {f"resnet{6 * n + 2}": (BasicBlock, (n, n, n)) for n in (1, 3, 5, 7, 9)} | {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
     "resnet34": (BasicBlock, (3, 4, 6, 3)),
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
@@ -835,14 +892,14 @@ def build(arch: str, num_classes: int, image_size: int, in_channels: int = 3, di
     """A freshly initialised slimmable network (torch's global generator draws the weights).
 
     Args:
-        arch: one of ARCHS. resnet8 to resnet56 in steps of 12 are the CIFAR form (three stages), the
-            other ResNets and mbv2 the ImageNet form with torchvision's parameter names. Or the name of any
-            classification network of torchvision, which `slimmable` takes as it is.
+        arch: one of ARCHS. resnet8 to resnet56 in steps of 12 are the CIFAR form (three stages), the other ResNets and mbv2
+            the ImageNet form with torchvision's parameter names. Or the name of any classification network of
+            torchvision, which `slimmable` takes as it is.
         image_size: height and width of the square inputs, for the costs.
         divisor: channel counts are multiples of it.
     Raises ValueError for an unknown arch, a count below 1, or images too small for the network.
     """
-    counts = dict(num_classes=num_classes, image_size=image_size, in_channels=in_channels, divisor=divisor)
+    counts = {"num_classes": num_classes, "image_size": image_size, "in_channels": in_channels, "divisor": divisor}
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -880,9 +937,8 @@ def _norms(net):
 
 def get_statistics(net: Slimmable) -> Tensor:
     """All running means and variances as one vector (s,), s twice the sum of all BatchNorms' channels."""
-    if not _norms(net):
-        return next(net.parameters()).new_zeros(0)
-    return torch.cat([t for m in _norms(net) for t in (m.running_mean, m.running_var)])
+    vectors = [t for m in _norms(net) for t in (m.running_mean, m.running_var)]
+    return torch.cat(vectors or [next(net.parameters()).new_zeros(0)])
 
 
 def set_statistics(net: Slimmable, vector: Tensor) -> None:
@@ -947,45 +1003,38 @@ def load(path: str, device: torch.device | str = "cpu", net: nn.Module | None = 
 
 
 def sort_channels(net: Slimmable) -> None:
-    """Permutes each group's channels by falling importance: the first are those worth keeping.
+    """Permutes each group's channels by falling importance: the first are those worth keeping. Call it before training.
 
-    The full network's outputs stay the same.
-
-    Readers' input channels, and writers' output channels with BatchNorm's vectors, get the same permutation. Call it before
-    training. A channel's importance is the sum of the absolute weights that read it; where channels come and go by a
-    grouped convolution's parts, so do they here. Groups that a parameter-free shortcut joins stay as they are: their
-    channels must go on meeting.
+    The full network's outputs stay the same: readers' input channels, and writers' output channels with BatchNorm's vectors,
+    get the same permutation. A channel's importance is the sum of the absolute weights that read it; where channels come
+    and go by a grouped convolution's parts, so do they here. Groups that a parameter-free shortcut joins stay as they are:
+    their channels must go on meeting.
     """
     layers = [m for m in net.modules() if isinstance(m, LAYERS)]
     joined = {g for m in layers if isinstance(m, Shortcut) for g in (m.reads, m.writes)}
     for group in net.groups:
-        readers = [m for m in layers if _mixes(m) and group in parts_of(m.reads)]
+        readers = [m for m in layers if m.mixes and group in m.reads.parts]
         if group in joined or not readers:
             continue
         read = [(m.reads, m.weight.detach().abs().transpose(0, 1).flatten(1).sum(1)) for m in readers]
-        weight = sum(part.sum(1) for channels, t in read for part in _entries(t, channels, group))
+        weight = sum(part.view(group.max, -1).sum(1) for c, t in read for g, part in views(t, c) if g is group)
         order = weight.view(-1, group.step).sum(1).argsort(descending=True)
         order = torch.arange(group.max, device=order.device).view(-1, group.step)[order].flatten()
         with torch.no_grad():
             for m in readers:
                 m.weight.copy_(m.weight[:, _sorted(m.reads, group, order)])
             for m in layers:
-                for t in m.state_dict().values() if group in parts_of(m.writes) else ():
+                for t in m.state_dict().values() if group in m.writes.parts else ():
                     if t.ndim:
                         t.copy_(t[_sorted(m.writes, group, order)])
-
-
-def _entries(t, channels, group):
-    """Views (group.max, each) of those of t (channels.max,) that are the group's: none, or several in a concatenation."""
-    each, parts = getattr(channels, "each", 1), parts_of(channels)
-    return [one.view(-1, each) for one, g in zip(t.split([g.max * each for g in parts]), parts) if g is group]
 
 
 def _sorted(channels, group, order):
     """The index (channels.max,) that puts the group's channels into the order, and leaves the others where they are."""
     index = torch.arange(channels.max, device=order.device)
-    for entries in _entries(index, channels, group):
-        entries.copy_(entries[order])
+    for g, part in views(index, channels):
+        if g is group:
+            part.view(g.max, -1).copy_(part.view(g.max, -1)[order])
     return index
 
 
@@ -1046,144 +1095,12 @@ def _with_one(c):
     return F.pad(c, (0, 1), value=1.0)
 
 
-def _weights(m):
-    return [t for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
-
-
-def _storage(t):
-    return t.untyped_storage()._cdata
-
-
-def _on_meta(args, kwargs):
-    """An operation's arguments, all on the meta device if any is; and the tensors among them."""
-    if any(isinstance(t, Tensor) and t.is_meta for t in tree_leaves((args, kwargs))):
-        args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
-    return args, kwargs, [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-
-
-def _run_on_meta(net, mode, count, image, training=False):
-    """What the network makes of so many images on the meta device, where no arithmetic is done: seen by `mode`, whose
-    `enter` and `leave` are told of every module's call. mode.weights: for each weight's storage its module's name."""
-    net = getattr(net, "whole", None) or net  # in which no name stands for anything else
-    copies = {id(t): t.to("meta") for m in net.modules() for t in _weights(m)}
-    state = {f"{name}.{k}".lstrip("."): copies[id(t)] for name, m in net.named_modules()  # each module once, by one name
-             for k, t in (m._parameters | m._buffers).items() if t is not None}  # fmt: skip
-    mode.weights = {_storage(t): k.rpartition(".")[0] for k, t in state.items()}
-    dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), None)
-    x = torch.empty(count, *image, device="meta", dtype=dtype)
-    before, hooks = [(m, m.training) for m in net.modules()], []
-    enter = lambda name, m, args, kwargs: mode.enter(name, m, *args, *kwargs.values())  # noqa: E731
-    leave = lambda name, m, args, kwargs, out: mode.leave(name, m, out, *args, *kwargs.values())  # noqa: E731
-    try:
-        for name, m in net.named_modules():
-            m.training = training
-            hooks.append(m.register_forward_pre_hook(functools.partial(enter, name), with_kwargs=True))
-            hooks.append(m.register_forward_hook(functools.partial(leave, name), with_kwargs=True, always_call=True))
-        with torch.no_grad(), mode:
-            return torch.func.functional_call(net, state, x, tie_weights=False)
-    except Exception as e:  # whatever a network of one's own may raise
-        raise ValueError(f"after {mode.name}: {e}") from e
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for m, was in before:
-            m.training = was
-
-
-class _Trace(TorchDispatchMode):
-    """One image's way through the network at the widths now set, on the meta device, where no arithmetic is done.
-
-    calls: (name, layer, its output's pixels, its input's) of the slimmable layers, in order; a shared one comes twice.
-    lives: of each activation [group whose channels it carries, values, first operation, last operation, layer before].
-
-    A ResNet block, whose ReLUs and addition work in place. A column is an operation: its stars are in memory at once.
-
-                    conv1  bn1  relu  conv2  bn2  add  relu
-        x             *     *     *     *     *    *           the shortcut waits for the addition
-        conv1(x)      *     *
-        bn1(...)            *     *     *
-        conv2(...)                      *     *
-        bn2(...)                              *    *    *  ->  the next block's x
-
-    Raises ValueError, with a layer's name, where the network does not run.
-    """
-
-    def __init__(self, net, image):
-        super().__init__()
-        self.calls, self.seen, self.lives, self.operations, self.macs, self.name = [], [], {}, 0, 0, "the image"
-        self.times, self.inside = Counter(), None
-        _run_on_meta(net, self, 1, image)
-        self.lives = list(self.lives.values())
-
-    def enter(self, name, layer, x=None, *more):
-        if not self.times:
-            self.meet(x, None)
-        self.times[layer] += 1
-        if not isinstance(layer, LAYERS):
-            return
-        shape, reads = x.shape[-1:] if isinstance(layer, Linear) else x.shape[1:2] * (x.ndim == 4), layer.reads
-        if shape != (reads.active,):
-            raise ValueError(f"{name}: reads a group of which {reads.active} channels are in use, "
-                             f"got an input of shape {tuple(x.shape)}")  # fmt: skip
-        carried = self.lives[_storage(x)][0]
-        if isinstance(carried, Concatenation) and carried.active == carried.max:  # at other widths it is a guess
-            (n, places), (m, expected) = _places(carried), _places(reads)
-            if n == m and places != expected:
-                raise ValueError(f"{name}: reads something else than the Concatenation of groups that it gets")
-        self.name, self.inside = name, layer
-
-    def leave(self, name, layer, out, x=None, *more):
-        if isinstance(layer, LAYERS) and out is not None:
-            self.calls.append((name, layer, out.numel() // layer.writes.active, x.numel() // layer.reads.active))
-            self.lives[_storage(out)][0] = layer.writes
-        self.inside = None
-
-    def meet(self, t, group):
-        values = t.untyped_storage().nbytes() // t.element_size()
-        life = self.lives.setdefault(_storage(t), [group, values, self.operations, self.operations, self.name])
-        life[3] = self.operations
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        args, kwargs, read = _on_meta(args, kwargs or {})
-        if op._schema.name.endswith("_") and len(read) == 1 and torch.Tag.pointwise in op.tags:
-            out = args[0]  # an activation function in place: on the meta device there is nothing to do, but slowly
-        else:
-            out = op(*args, **kwargs)
-        if op._overloadpacket in flop_registry:
-            self.macs += flop_registry[op._overloadpacket](*args, **kwargs, out_val=out) // 2
-        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        if self.inside and read and all(_storage(t) in self.weights for t in read):
-            self.weights |= {_storage(t): "" for t in made}  # a cut weight is one
-        # Statistics are vectors and pooling's indices integers: neither is an activation.
-        activations = [t for t in read + made if t.ndim > 1 and t.is_floating_point() and _storage(t) not in self.weights]
-        carried = [(self.lives.get(_storage(t), [None])[0], t) for t in activations if t not in set(made)]
-        # An output has the channels of the input that is its size (not of what is broadcast), unless a layer knows better.
-        carries = next((g for g, t in carried if made and t.shape == made[0].shape), carried[0][0] if carried else None)
-        if op is torch.ops.aten.cat.default and args[1:] in ((1,), (1 - out.ndim,)):
-            # A part that does not carry a group's channels, or not as many values of each as the others, is taken to be fixed.
-            each = max((t.shape[1] // g.active for g, t in carried if g), default=1) or 1
-            carries = Concatenation(*(g if g and g.active * each == t.shape[1] else WidthGroup(-(-t.shape[1] // each), True)
-                                      for g, t in carried), each=each)  # fmt: skip
-        for t in activations:
-            self.meet(t, carries)
-        self.seen += read + made  # kept alive, so that no storage's address comes twice
-        self.operations += 1
-        return out
-
-
-def _places(channels):
-    """How many channels there are, without what each is made of; and where among them those of slimmed groups begin."""
-    parts = parts_of(channels)
-    starts = itertools.accumulate((g.max for g in parts), initial=0)
-    return sum(g.max for g in parts), [(start, g) for start, g in zip(starts, parts) if not g.fixed]
-
-
-def _count(net, group):
-    """The group's channels as a vector v: v' (c, 1). Fixed ones are a multiple of the 1, a concatenation its parts' sum."""
+def _count(net, channels):
+    """The channels as a vector v: v' (c, 1). Fixed ones are a multiple of the 1, a concatenation its parts' sum."""
     v = torch.zeros(net.num_widths + 1, dtype=torch.float64)
-    for g in parts_of(group) if group else [None]:
-        place, factor = (net.groups.index(g), 1) if g in net.groups else (net.num_widths, g.max if g else 1)
-        v[place] += factor * getattr(group, "each", 1)
+    for g in channels.parts if channels else ():
+        place, factor = (net.groups.index(g), 1) if g in net.groups else (net.num_widths, g.max)
+        v[place] += factor * channels.each
     return v
 
 
@@ -1191,31 +1108,29 @@ def _weight_tables(net, trace):
     """FLOPs and parameters as matrices Q, and a latency's terms as a stack of such: with c the channel counts followed by
     a 1, each is c' Q c.
 
-    Q[i, j] sums over the layers that read group i and write group j: a kernel's pixels, for FLOPs times
-    the output's. A 3 x 3 convolution on 32 x 32 pixels gives 9 and 9216. The last row is for what reads
-    no slimmed group: vectors, depthwise kernels, the image.
+    Q[i, j] sums over the layers that read group i and write group j: a kernel's pixels, for FLOPs times the output's. A
+    3 x 3 convolution on 32 x 32 pixels gives 9 and 9216. The last row is for what reads no slimmed group: vectors,
+    depthwise kernels, the image.
 
-    The terms of a latency: for the layers of each kind (class, kernel, stride, pixels) together their FLOPs, what
-    they read and what they write; and a constant.
+    The terms of a latency: for the layers of each kind (class, kernel, stride, pixels) together their FLOPs, what they read
+    and what they write; and a constant.
     """
-    one = _count(net, None)
+    one = _count(net, WidthGroup(1, fixed=True))
     flops, params = (torch.zeros(2 * [net.num_widths + 1], dtype=torch.float64) for _ in range(2))
-    known, terms = set(), {"constant": torch.outer(one, one)}
-    for _, layer, pixels, pixels_read in trace.calls:
+    known, terms = set(), defaultdict(int, {"constant": torch.outer(one, one)})
+    for layer, pixels, pixels_read in trace.calls:
         read, written = _count(net, layer.reads), _count(net, layer.writes)
-        kind = type(layer), getattr(layer, "kernel_size", 1), getattr(layer, "stride", 1), _mixes(layer), pixels
+        kind = type(layer), getattr(layer, "kernel_size", 1), getattr(layer, "stride", 1), layer.mixes, pixels
         for p in layer.parameters(recurse=False):
-            matrix = p.ndim > 1  # a vector's size, like a grouped convolution's kernels', goes with one group only
-            size = torch.outer(read if matrix and _mixes(layer) else one, written)
-            if matrix:
-                size *= p[0, 0].numel() if _mixes(layer) else p[0].numel()
+            mixes = p.ndim > 1 and layer.mixes  # a vector's size, like a grouped convolution's kernels', goes with one group
+            size = torch.outer(read if mixes else one, written) * (p[0, 0] if mixes else p[0]).numel()
             if layer not in known:
                 params += size
-            if matrix:
+            if p.ndim > 1:
                 flops += size * pixels
-                for what, value in (("flops", size * pixels), ("reads", torch.outer(one, read) * pixels_read),
-                                    ("writes", torch.outer(one, written) * pixels)):  # fmt: skip
-                    terms[what, kind] = terms.get((what, kind), 0) + value
+                terms["flops", kind] += size * pixels
+                terms["reads", kind] += torch.outer(one, read) * pixels_read
+                terms["writes", kind] += torch.outer(one, written) * pixels
         known.add(layer)
     full = _with_one(net._max)
     others = {p for m in net.modules() if not isinstance(m, LAYERS) for p in m.parameters(recurse=False)}
@@ -1227,36 +1142,38 @@ def _weight_tables(net, trace):
 def _activation_table(net, trace):
     """Rows, of which the largest product with (c, 1) is the number of activation values alive at one time."""
     rows = torch.zeros(trace.operations, net.num_widths + 1, dtype=torch.float64)
-    for group, numel, first, last, _ in trace.lives:
-        rows[first : last + 1] += _count(net, group) * (numel / (group.max if group else 1))
+    for channels, values, first, last, _ in trace.lives.values():
+        rows[first : last + 1] += _count(net, channels) * (values / channels.max)
     rows = rows.unique(dim=0)
     below = (rows[:, None] <= rows[None]).all(-1).sum(1) > 1  # never the largest: another row is above it
     return rows[~below]
 
 
-def _require_wiring(net, image, full):
+def _require_wiring(net, full):
     """Raises ValueError, naming the layer, unless the costs, found at full width, hold at other widths.
 
     Configurations are tried in which groups differ: what only fits at full width (two tensors concatenated and read as
     one group, two groups added) fits at none of them.
     """
-    for name, m in net.named_modules():
+    for name, m in full.modules.items():
         n = full.times[m]
         if isinstance(m, LAYERS) and not n or isinstance(m, _BatchNorm) and n > 1 and m.running_mean is not None:
             raise ValueError(f"{name}: called {n} times; a BatchNorm's statistics belong to one place, "
                              "and the costs of what is not called are unknown")  # fmt: skip
-    # For each activation, the groups with which its size goes; None: with no group's.
-    fits = [{None, life[0], *net.groups} for life in full.lives]
+    lives, one = list(full.lives.values()), WidthGroup(1, fixed=True)
+    # For each activation, what its size may go with: what it carries, no group's (a mean over channels), or another's.
+    fits = [dict.fromkeys([carries or one, one, *net.groups]) for carries, *_ in lives]
     try:
         for counts in _configurations(net):
             for group, n in zip(net.groups, counts.tolist()):
                 group.active = n
-            trace = _Trace(net, image)
-            if len(trace.lives) != len(full.lives):
+            trace = _Watch(net.whole, net.image)
+            trace.run()
+            if len(trace.lives) != len(lives):
                 raise ValueError("another number of activations at other widths: the network must do the same at all")
-            for carries, (_, most, *_, name), (_, numel, *_) in zip(fits, full.lives, trace.lives):
-                carries &= {g for g in carries if numel * (g.max if g else 1) == most * (g.active if g else 1)}
-                if not carries:
+            for i, ((_, most, *_, name), (_, values, *_)) in enumerate(zip(lives, trace.lives.values())):
+                fits[i] = [c for c in fits[i] if values * c.max == most * c.active]
+                if not fits[i]:
                     raise ValueError(f"after {name}: a tensor whose size goes with the width of no group")
             c = _with_one(counts.double())
             if trace.macs != c @ net._flops @ c:
@@ -1264,23 +1181,19 @@ def _require_wiring(net, image, full):
     finally:
         for group in net.groups:
             group.active = group.max
-    for life, carries in zip(full.lives, fits):
-        if life[0] not in carries:  # a map that is the mean over channels, say
-            life[0] = next(g for g in (None, *net.groups) if g in carries)
+    for life, (first, *_) in zip(lives, fits):
+        life[0] = first
 
 
 def _configurations(net):
-    """Random channel counts (d,): as many as it takes until every two groups have differed in their share of channels.
-
-    With several channels each, or both ways round: one alone is broadcast, and seems to fit.
+    """Random channel counts (d,), two or as many as it takes until every group has been narrower than at full width, and any
+    two have differed in their share of channels: of several each, or both ways round, as one alone is broadcast, and fits.
     """
-    most, step = (torch.tensor([getattr(g, k) for g in net.groups], dtype=torch.int64) for k in ("max", "step"))
-    steps, random, tried, larger = most // step, torch.Generator().manual_seed(0), 0, torch.zeros(2 * [len(most)]).bool()
-    narrow = steps == 1  # these have no other width
-    told = larger.fill_diagonal_(True) | narrow | narrow[:, None]
-    while len(most) and not (tried > 1 and told.all() and narrow.all()):
-        counts = step * (1 + (torch.rand(len(most), generator=random) * steps).long())
-        ratio, several = counts / most, counts > 1
-        larger, narrow, tried = larger | (ratio[:, None] > ratio), narrow | (ratio < 1), tried + 1
-        told |= larger & larger.T | (ratio[:, None] != ratio) & several[:, None] & several
-        yield counts
+    most, step = (torch.tensor([1] + [getattr(g, k) for g in net.groups]) for k in ("max", "step"))  # the 1 is at full width
+    random, tried = torch.Generator().manual_seed(0), 0 if net.groups else 2
+    told = torch.eye(len(most)).bool() | (most == step)[:, None]
+    while tried < 2 or not told.all():
+        counts = step * (1 + (torch.rand(len(most), generator=random) * (most // step)).long())
+        share, several, tried = counts / most, counts > 1, tried + 1
+        told |= (share[:, None] < share) | (share[:, None] != share) & several[:, None] & several
+        yield counts[1:]
