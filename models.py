@@ -982,21 +982,25 @@ def load(path: str, device: torch.device | str = "cpu", net: nn.Module | None = 
     (image / 255 - mean) / std. Raises as `read_tensors`, and ValueError for another file of torch's.
     """
     state = read_tensors(path)
-    if not isinstance(state, dict) or not {"network", "model", "front", "statistics", "data", "cost"} <= state.keys():
-        raise ValueError(f"{path}: not a front.pt, which train.py writes when a run is done")
+    parts = {"network", "model", "front", "statistics", "data", "cost", "latency"}
+    if not isinstance(state, dict) or state.get("format") != 1 or not parts <= state.keys():
+        raise ValueError(f"{path}: not a front.pt (of this version), which train.py writes when a run is done")
     how = state["network"]
-    if net is None and ":" in how["arch"]:
-        raise ValueError(f"{path}: weights of {how['arch']}, a network of your own: load(..., net=...) needs one such")
-    if net is None:
-        net = build(**how)
-    elif not isinstance(net, Slimmable):
-        net = slimmable(net, (how["in_channels"], how["image_size"], how["image_size"]), how["divisor"])
-    net.load_state_dict(state["model"])
-    net.front, net.statistics, net.data = state["front"], state["statistics"].to(device), state["data"]
-    net.latency_table = state["latency"]
-    net.to(device, memory_format=torch.channels_last)  # the faster layout on GPU and CPU alike
-    net.use(**{state["cost"]: 1.0})
-    return net
+    try:
+        if net is None and ":" in how["arch"]:
+            raise ValueError(f"weights of {how['arch']}, a network of your own: load(..., net=...) needs one such")
+        if net is None:
+            net = build(**how)
+        elif not isinstance(net, Slimmable):
+            net = slimmable(net, (how["in_channels"], how["image_size"], how["image_size"]), how["divisor"])
+        net.load_state_dict(state["model"])
+        net.front, net.statistics, net.data = state["front"], state["statistics"], state["data"]
+        net.latency_table = state["latency"]
+        net.use(**{state["cost"]: 1.0})
+    except (ValueError, RuntimeError, TypeError, LookupError, AttributeError) as e:  # another network, or odd content
+        raise ValueError(f"{path}: {(str(e).splitlines() or [''])[0]}") from None
+    net.statistics = net.statistics.to(device)
+    return net.to(device, memory_format=torch.channels_last)  # the faster layout on GPU and CPU alike
 
 
 # ------------------------------------------------------------------------------ pretrained weights

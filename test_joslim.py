@@ -2422,6 +2422,12 @@ def test_front_pt_needs_models_and_torch_alone(finished, tmp_path):
     assert done.stdout.split() == [top1, "False"], done.stderr
     torch.save(models.build("resnet8", 10, 8).state_dict(), tmp_path / "weights.pt")
     refuses("weights.pt: not a front.pt", models.load, str(tmp_path / "weights.pt"))
+    good = torch.load(finished / "front.pt", weights_only=True)
+    for odd in ({"format": 99}, {"model": [1]}, {"statistics": None}, {"network": None}, {"network": good["network"] | {"more": 1}},
+                {"network": good["network"] | {"num_classes": 3}}, {"front": {}}, {"statistics": good["statistics"][:, 1:]}):  # fmt: skip
+        torch.save(good | odd, tmp_path / "odd.pt")
+        refuses("^[^\n]*odd.pt: [^\n]*$", models.load, str(tmp_path / "odd.pt"))
+    refuses("front.pt: ", models.load, str(finished / "front.pt"), net=nn.Sequential(nn.Conv2d(1, 4, 3)))  # of another class
 
 
 def test_export_runs_without_this_project(finished, tmp_path, capsys):
