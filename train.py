@@ -95,12 +95,12 @@ RECIPES = {
 
 
 def train(run: "Run") -> None:
-    """Joslim, the paper's algorithm 2: every tau steps a round proposes widths, every step trains some of them."""
+    """Joslim, the paper's algorithm 2: every tau steps a round proposes widths, each step trains some or all."""
     args, world, data, net, sampler = run.args, run.world, run.data, run.net, run.sampler
     # The same loop is `slim` (one width for all layers) and `twostage` (one for each), drawn at random before every step:
     # rounds of one step.
     tau = args.tau if args.method == "joslim" else 1
-    # M proposals a round, which all its steps train; with --fresh-widths M for each step, of which the first M join the history.
+    # M (--subnets) proposals a round, for all its steps; with --fresh-widths M a step, the round's first M joining the history.
     per_round = args.subnets * (tau if args.fresh_widths else 1)
 
     @Replay  # a CUDA graph of each step whose widths come again: faster, the same numbers; nothing on a CPU
@@ -225,7 +225,7 @@ def find_front(run: "Run") -> torch.Tensor:
 
 
 def search(run: "Run") -> Joslim:
-    """The two-stage method's second: the same rounds with the weights frozen, as many as Joslim has."""
+    """The two-stage method's second: as many rounds as Joslim has, the weights frozen, each configuration judged once."""
     sampler, (x, y) = run.joslim_sampler(), run.data.held_out(0)
     for _ in range(run.rounds):
         new = sampler.losses.isnan().nonzero()[:, 0]  # not judged yet; the others' losses cannot have changed
