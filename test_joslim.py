@@ -1988,8 +1988,10 @@ def test_front_csv_is_the_plain_networks(tiny, tmp_path):
     ends = torch.tensor([[1.0], [LOWER]], dtype=torch.float64).expand(2, 6)
     assert torch.equal(train.find_front(run), ends.flip(0))
 
-    # Chosen among the history and the two that every step trains: the full one, and what no other beats.
-    a = torch.cat([ends, state["sampler"]["widths"]])
+    # Chosen among the two that every step trains, the history, and as many again: the full one, and what no other beats.
+    found, history = train.search(run).widths, state["sampler"]["widths"]
+    assert torch.equal(found[: len(history)], history) and len(found) == 33 and len(history) == 17
+    a = torch.cat([ends, found])
     ((x, y),) = data.batches("held-out")
     loss = [-math.inf, *(F.cross_entropy(net.extract(w).train()(x), y).item() for w in a[1:])]
     pairs = sorted({*zip(net.flops(a).tolist(), loss)})
@@ -2196,9 +2198,9 @@ def test_finished_weights_are_searched(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "evaluate", lambda *args: judged.append((len(args[1]), args[2])) or evaluate(*args))
     flags = ["--search", str(tmp_path / "slim"), "--cost", "memory"]  # all else is as that run had it
     assert train.main([*flags, "--out", str(tmp_path / "searched")]) == 0
-    *rounds, whole = judged  # the last is the choice of the front
-    assert [n for n, _ in rounds] == [2, 3, 2, 2, 2, 2, 2] and all(torch.equal(x, rounds[0][1]) for _, x in rounds)
-    assert whole[0] == 2 + 17 and len(whole[1]) == 16
+    # The two that every step trained; then twice as many as the run's 8 rounds propose, the full network with the second.
+    assert [n for n, _ in judged] == [2, 2, 3, *[2] * 14] and all(torch.equal(x, judged[0][1]) for _, x in judged)
+    assert len(judged[0][1]) == 16  # the whole held-out split
     one, two = read_state(tmp_path / "slim"), read_state(tmp_path / "searched")
     torch.testing.assert_close(one["model"], two["model"], rtol=0, atol=0)
     assert two["step"] == 8 and two["settings"]["method"] == "twostage"

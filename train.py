@@ -48,15 +48,14 @@ from torchvision.transforms import v2 as transforms
 
 import models
 from joslim import Joslim, RandomWidths, UniformWidths
-from joslim import calibrate_bn, evaluate, pareto_front, sandwich_step, shortlist, thin
+from joslim import calibrate_bn, evaluate, pareto_front, sandwich_step, thin
 
 fcntl = __import__("fcntl") if os.name == "posix" else None
 
 # ------------------------------------------------------------------------------ recipes
 
-# Each entry is a default of the flag of its name; what it leaves out has the default that --help gives (and `candidates`,
-# judged on the whole held-out split at the end, is no flag). The first network of a data set is its default; any other that
-# is not listed takes the first one's recipe. `lr` is for batches of 256.
+# Each entry is a default of the flag of its name; what it leaves out has the default that --help gives. The first
+# network of a data set is its default; any other that is not listed takes the first one's recipe. `lr` is for batches of 256.
 
 # The paper visits 1000 configurations: 200 epochs of 351 steps, two every 140.
 CIFAR = dict(
@@ -71,12 +70,12 @@ IMAGENET = dict(
 # For two CPU cores. One sub-network a step: so short a training learns less with two.
 SYNTHETIC = dict(
     epochs=8, batch_size=64, lr=0.5, weight_decay=5e-4, tau=48, held_out=1000, image_size=16, subnets=1, fresh_widths=True,
-    num_prior=8, lower=0.125, warmup_epochs=0.5, eval_images=64, calibrate_images=512, candidates=32, front_size=12,
+    num_prior=8, lower=0.125, warmup_epochs=0.5, eval_images=64, calibrate_images=512, front_size=12,
     augment="shift",
 )  # fmt: skip
 SMALL = dict(
     epochs=4, batch_size=32, lr=0.5, weight_decay=5e-4, tau=150, held_out=2500, image_size=28, subnets=1,
-    warmup_epochs=0.2, eval_images=125, calibrate_images=1024, candidates=24, front_size=16,
+    warmup_epochs=0.2, eval_images=125, calibrate_images=1024, front_size=16,
 )  # fmt: skip
 RECIPES = {
     ("synthetic", "resnet8"): SYNTHETIC,
@@ -196,43 +195,48 @@ def make_optimizer(net: torch.nn.Module, args: argparse.Namespace) -> torch.opti
 
 def find_front(run: "Run") -> torch.Tensor:
     """The configurations to test (k, d), by rising cost: non-dominated on the whole held-out split."""
-    args, world, net = run.args, run.world, run.net
-    count = max(args.candidates, args.front_size)
+    args, net = run.args, run.net
+    count = 2 if args.method != "slim" else 3 * args.front_size  # those trained at every step, in any case; `slim`'s line
     uniform = torch.linspace(args.lower, 1, count, dtype=torch.float64)[:, None].expand(-1, net.num_widths)
-    if args.method == "slim":
-        candidates = uniform
-    else:
-        sampler = search(run) if args.method == "twostage" else run.sampler
-        # Those nearest the front by the last round's losses; the ones that no round has judged yet come along.
-        near = shortlist(sampler.losses, run.cost(sampler.widths), count)
-        candidates = torch.cat([uniform[[0, -1]], sampler.widths[near]])  # the two trained at every step, in any case
-
-    def held_out_losses(some):
-        batches = run.data.batches("held-out")
-        return sum(evaluate(net, some, x, y, args.amp) * len(x) for x, y in batches) / args.held_out
-
-    cost, loss = run.cost(candidates), world.map(held_out_losses, candidates)
-    ranked = loss.clone()
+    widths, loss = uniform, judge(run, uniform)
+    if args.method != "slim":
+        sampler = search(run)
+        widths, loss = torch.cat([widths, sampler.widths]), torch.cat([loss, sampler.losses])
+    cost, ranked = run.cost(widths), loss.clone()
     ranked[cost.argmax()] = -torch.inf  # the full network ends the front, whatever the noise says
     front = thin(pareto_front(ranked, cost), cost, args.front_size)
     if args.cost == "latency":  # so far by the fit; measured, it must rise as well
-        times = models.time_networks(net, candidates[front], **run.timing).amin(1) if world.rank == 0 else None
-        times = world.from_first(times)
+        times = models.time_networks(net, widths[front], **run.timing).amin(1) if run.world.rank == 0 else None
+        times = run.world.from_first(times)
         rising = pareto_front(ranked[front], times)
         front, run.milliseconds = front[rising], times[rising]
     run.log("front", cost=cost[front].tolist(), held_out_loss=loss[front].tolist(), candidates=len(loss))
-    return candidates[front]
+    return widths[front]
 
 
 def search(run: "Run") -> Joslim:
-    """The two-stage method's second: as many rounds as Joslim has, the weights frozen, each configuration judged once."""
-    sampler, (x, y) = run.joslim_sampler(), run.data.held_out(0)
-    for _ in range(run.rounds):
+    """The width search on finished weights, each configuration judged once: the two-stage method's second. `joslim` goes on
+    from its history, which was proposed for earlier weights. Both end with twice as many as a run's rounds propose."""
+    sampler, visits = run.joslim_sampler(), 2 * run.rounds * run.args.subnets
+    if run.args.method == "joslim":
+        sampler.load_state_dict(run.sampler.state_dict())
+        sampler.losses = torch.full_like(sampler.losses, math.nan)
+    while True:
         new = sampler.losses.isnan().nonzero()[:, 0]  # not judged yet; the others' losses cannot have changed
-        losses = run.world.map(lambda some: evaluate(run.net, some, x, y, run.args.amp), sampler.widths[new])
-        sampler.observe(losses, new)
+        sampler.observe(judge(run, sampler.widths[new]), new)
+        if len(sampler.widths) >= visits:
+            return sampler
         run.world.propose(sampler, run.args.subnets)
-    return sampler
+
+
+def judge(run: "Run", widths: torch.Tensor) -> torch.Tensor:
+    """Losses (n,) on the whole held-out split; the processes share the configurations."""
+
+    def losses(some):
+        batches = run.data.batches("held-out")
+        return sum(evaluate(run.net, some, x, y, run.args.amp) * len(x) for x, y in batches) / run.args.held_out
+
+    return run.world.map(losses, widths)
 
 
 @torch.no_grad()
@@ -479,7 +483,6 @@ def parse_args(argv=None):
     g.add_argument("--eval-images", type=whole(2), default=512, metavar="N", help="of these, in a round (default: 512)")
     g.add_argument("--calibrate-images", type=whole(2), default=2048, metavar="N", help="before tests (default: 2048)")
     g.add_argument("--front-size", type=whole(2), default=20, metavar="K", help="networks tested, at most (default: 20)")
-    p.set_defaults(candidates=60)
 
     g = p.add_argument_group("the run")
     g.add_argument("--out", type=folder, metavar="RUN", help="its folder (default: runs/<data>-<arch>-<method>-<seed>)")
@@ -1120,9 +1123,8 @@ def read_folders(args, world):
         return array_sets(args, world, *in_memory(*train, args), *in_memory(*val, args)), classes, 3, digest
     parts = (*train, rest), (*train, held_out), (*val, torch.arange(len(val[0])))
     sets = [FolderImages(*part, args, world.device) for part in parts]
-    if bytes_each * len(held_out) <= IN_MEMORY:  # each round needs some of them
-        x, y = in_memory(train[0][held_out.numpy()], train[1][held_out], args)
-        sets[1] = ArrayImages(x, y, torch.arange(len(y)), args.image_size, args.seed, world.device, like=FolderImages)
+    x, y = in_memory(train[0][held_out.numpy()], train[1][held_out], args)  # each round needs some of them
+    sets[1] = ArrayImages(x, y, torch.arange(len(y)), args.image_size, args.seed, world.device, like=FolderImages)
     return sets, classes, 3, digest
 
 
@@ -1196,7 +1198,7 @@ def in_memory(paths, labels, args):
 
 # ------------------------------------------------------------------------------ files
 
-FORMAT = 8  # of checkpoints
+FORMAT = 9  # of checkpoints
 PREVIOUS = "checkpoint.previous.pt"
 
 
