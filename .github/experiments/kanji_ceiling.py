@@ -37,7 +37,7 @@ LOWER = float(kanji_resnet8.SETTINGS[kanji_resnet8.SETTINGS.index("--lower") + 1
 
 def flags_of(widths, data_dir, seed):
     text = widths if isinstance(widths, str) else " ".join(f"{w:.6g}" for w in widths.tolist())
-    return ["--widths", text, *kanji_resnet8.SETTINGS, "--data-dir", data_dir, "--eval-images", 128, "--seed", seed]
+    return ["--widths", text, *kanji_resnet8.SETTINGS, "--data-dir", data_dir, "--seed", seed]
 
 
 def list_drawn(data_dir, classes=200):

@@ -48,7 +48,7 @@ def list_alone(data_dir):
     drawn = {"13%-early": thinnest, "13%-uniform": at([0.35] * 2 * half, share),
              "25%-early": at([2.0] * half + [0.4] * half, 0.25), "25%-uniform": at([0.5] * 2 * half, 0.25)}  # fmt: skip
     return [(name, ["--widths", " ".join(f"{w:.6g}" for w in a.tolist()), *settings(arch="resnet18", lr=0.4),
-                    "--data-dir", data_dir, "--eval-images", 128, "--seed", 0]) for name, a in drawn.items()]  # fmt: skip
+                    "--data-dir", data_dir, "--seed", 0]) for name, a in drawn.items()]  # fmt: skip
 
 
 if __name__ == "__main__":
@@ -61,7 +61,7 @@ if __name__ == "__main__":
         (KEPT / name).mkdir(parents=True, exist_ok=True)
         for file in ("front.csv", "settings.json"):
             shutil.copyfile(ROOT / name / file, KEPT / name / file)
-    shared = [*settings(arch="resnet18", lr=0.4, epochs=4, subnets=1), "--data-dir", folder, "--cost", "memory", "--eval-images", 128]
+    shared = [*settings(arch="resnet18", lr=0.4, epochs=4, subnets=1), "--data-dir", folder, "--cost", "memory"]
     jobs = [(f"{method}-{seed}", [*shared, "--seed", seed, "--method", method]) for seed in (10, 11) for method in ("joslim", "slim")]
     runs.queue(jobs, ROOT)
     compare.compare(runs.keep(ROOT, [name for name, _ in jobs], "kanji-resnet18"), Path("runs", "kanji-resnet18.png"))

@@ -7,9 +7,8 @@
 Eight epochs, seven runs a seed, one thread each: some 25 minutes of two cores a seed. Runs go to runs/kanji/, their figures to
 results/kanji/, the picture to .github/kanji.png. A queue that was stopped is continued by the same command.
 
-All share data, steps, learning rate, smallest width, two sub-networks a step, fresh ones every step, and the number of
-configurations visited. Finished weights are searched on 1000 held-out images, each configuration once; joslim judges all of its
-history every round, on 128. Settings were chosen on seed 10.
+All share data, steps, learning rate, smallest width, two sub-networks a step, fresh ones every step, and the search of the finished
+weights. Settings were chosen on seed 10.
 """
 
 import argparse
@@ -21,7 +20,7 @@ import runs
 ROOT = Path("runs", "kanji")
 SETTINGS = """--data imagenet --arch resnet8 --image-size 24 --augment shift --no-flip --batch-size 64 --epochs 8 --lr 1
               --warmup-epochs 0.5 --weight-decay 5e-4 --label-smoothing 0 --lower 0.25 --divisor 1 --subnets 2 --tau 100
-              --fresh-widths --num-prior 10 --held-out 2500 --calibrate-images 2048 --front-size 20 --workers 1""".split()
+              --fresh-widths --num-prior 10 --held-out 2500 --eval-images 128 --calibrate-images 2048 --front-size 20 --workers 1""".split()
 
 
 if __name__ == "__main__":
@@ -29,7 +28,7 @@ if __name__ == "__main__":
     p.add_argument("data_dir", type=Path, metavar="DIR")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     args = p.parse_args()
-    jobs = runs.list_methods(ROOT, SETTINGS, args.data_dir.resolve(), args.seeds, eval_images=128)
+    jobs = runs.list_methods(ROOT, [*SETTINGS, "--data-dir", args.data_dir.resolve()], args.seeds)
     runs.queue(jobs, ROOT)
     kept = runs.keep(ROOT, [name for name, *_ in jobs], "kanji")
     compare.compare(kept, Path(".github", "kanji.png"))

@@ -15,27 +15,18 @@ PROJECT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def list_methods(root, settings, data_dir, seeds, eval_images):
-    """Jobs (name, flags, needs) that compare the methods: seven of each seed, for FLOPs and for memory.
-
-    `joslim` judges all of its history every round, on `eval_images`; finished weights are searched on 1000 held-out images,
-    each configuration once.
-    """
-    jobs = []
+def list_methods(root, settings, seeds, costs=("flops", "memory")):
+    """Jobs (name, flags, needs) that compare the methods, for each seed and cost: `joslim`, `slim`, `twostage`, and `slim`'s weights
+    searched. All of them but `slim`, whose front is the uniform line, end with the same search: as many visits, the same images."""
+    jobs, (first, *others) = [], costs
     for seed in seeds:
-        shared = [*settings, "--data-dir", data_dir, "--seed", seed]
-        slim, twostage = f"slim-{seed}", f"twostage-flops-{seed}"
-        for name, flags, *needs in (
-            (f"joslim-flops-{seed}", f"--cost flops --eval-images {eval_images}"),
-            (f"joslim-memory-{seed}", f"--cost memory --eval-images {eval_images}"),
-            (slim, f"--method slim --eval-images {eval_images}"),
-            (twostage, "--method twostage --eval-images 1000"),
-            # Random widths are the same whatever the cost: these weights serve memory too.
-            (f"twostage-memory-{seed}", f"--search {root}/{twostage} --cost memory --eval-images 1000", [twostage]),
-            (f"slimsearched-flops-{seed}", f"--search {root}/{slim} --cost flops --eval-images 1000", [slim]),
-            (f"slimsearched-memory-{seed}", f"--search {root}/{slim} --cost memory --eval-images 1000", [slim]),
-        ):
-            jobs.append((name, [*shared, *flags.split()], *needs))
+        shared = [*settings, "--seed", seed]
+        slim, twostage = f"slim-{seed}", f"twostage-{first}-{seed}"
+        jobs += [(f"joslim-{cost}-{seed}", [*shared, "--method", "joslim", "--cost", cost]) for cost in costs]
+        jobs += [(slim, [*shared, "--method", "slim"]), (twostage, [*shared, "--method", "twostage", "--cost", first])]
+        # Random widths are the same whatever the cost: these weights serve the others, too.
+        jobs += [(f"twostage-{cost}-{seed}", ["--search", root / twostage, "--cost", cost], [twostage]) for cost in others]
+        jobs += [(f"slimsearched-{cost}-{seed}", ["--search", root / slim, "--cost", cost], [slim]) for cost in costs]
     return jobs
 
 
