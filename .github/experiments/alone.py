@@ -17,47 +17,14 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import joslim  # noqa: E402
 import models  # noqa: E402
 import train  # noqa: E402
 
 # The settings of train.py that decide how a network alone is trained.
 ITS_OWN = ("data", "arch", "image_size", "seed", "cost", "epochs", "batch_size", "lr", "warmup_epochs", "weight_decay",
            "label_smoothing", "augment", "flip", "held_out", "calibrate_images", "amp")  # fmt: skip
-
-
-def train_alone(net, data, args):
-    device, step = next(net.parameters()).device.type, 0
-    optimizer = train.make_optimizer(net.train(), args)
-    for epoch in range(args.epochs):
-        for x, y in data.train(epoch, 0):
-            for group in optimizer.param_groups:
-                group["lr"] = train.learning_rate(step, data.steps, args)
-            optimizer.zero_grad()
-            with torch.autocast(device, torch.bfloat16, enabled=args.amp):
-                loss = F.cross_entropy(net(x), y, label_smoothing=args.label_smoothing)
-            loss.backward()
-            optimizer.step()
-            step += 1
-        print(f"epoch {epoch + 1}/{args.epochs}: loss of the last batch {loss.item():.3f}", flush=True)
-
-
-@torch.no_grad()
-def test(net, data):
-    """Test loss, top-1 and top-5 (%); BatchNorm is calibrated on training images, as for every network of a front."""
-    joslim.calibrate_bn(net, (x for x, _ in data.batches("calibrate")))
-    net.eval()
-    total, count = torch.zeros(3, dtype=torch.float64), 0
-    for x, y in data.batches("test"):
-        logits = net(x)
-        hits = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
-        loss = F.cross_entropy(logits, y, reduction="sum")
-        total += torch.stack([loss, 100 * hits[:, 0].sum(), 100 * hits.sum()]).cpu()
-        count += len(y)
-    return (total / count).tolist()
 
 
 def main():
@@ -77,8 +44,7 @@ def main():
     widths = widths.expand(full.num_widths) if len(widths) == 1 else widths
     # Cut from the weights with which the slimmable network of this seed starts.
     net = full.extract(widths).to(world.device, memory_format=torch.channels_last)
-    train_alone(net, data, args)
-    scores = test(net, data)
+    scores = train.score([train.train_plain(net, data, args)], data.batches("test"))[0].tolist()
 
     own.out.mkdir(parents=True, exist_ok=True)
     text = " ".join(f"{w:.6g}" for w in widths.tolist())

@@ -25,7 +25,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(PROJECT))
 import models  # noqa: E402
 import train  # noqa: E402
-from joslim import evaluate, sandwich_step  # noqa: E402
+from joslim import Replay, evaluate, sandwich_step  # noqa: E402
 
 LOWER, STEPS = 0.42, 10
 FORMS = {  # name: bf16, channels_last, fused optimiser, CUDA graph
@@ -57,7 +57,7 @@ class Bench:
             optimizer.zero_grad()
             return sandwich_step(self.net, x, y, widths, LOWER, amp=self.bf16)
 
-        gradients = train.Replay(gradients) if self.graph else gradients
+        gradients = Replay(gradients) if self.graph else gradients
 
         def step():
             gradients(self.x, self.y, self.widths)
