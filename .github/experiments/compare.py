@@ -29,6 +29,7 @@ COLUMNS = ["loss", "loss, log", "top-1", "top-1, log", *(f"{100 * a:.0f} to {b:.
 # Student's t for a two-sided 95 % interval, by the number of seeds less one.
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 BY_SEED = "loss, log", "top-1", "top-1, log"
+WRITTEN = {"flops": "FLOPs", "params": "parameters"}
 # Settings of which no line is needed where they differ.
 TOLD = {"event", "step", "method", "trained_as", "cost", "seed", "widths", "seconds", "search_share", "torch", "commit"}
 
@@ -112,7 +113,7 @@ def leads_as_text(leads):
     for name, values in zip(COLUMNS, np.stack(leads).T):
         digits, n = 3 if "loss" in name else 2, len(values)
         ahead = (values < 0 if "loss" in name else values > 0).sum()
-        half = T95[n - 1] * values.std(ddof=1) / n**0.5 if n - 1 in T95 else np.nan
+        half = half_interval(values)
         interval = "" if np.isnan(half) else f" ({values.mean() - half:+.{digits}f} to {values.mean() + half:+.{digits}f})"
         texts.append("-" if np.isnan(values).any() else f"{values.mean():+.{digits}f}{interval}, {ahead} of {n}")
     return texts
@@ -157,33 +158,67 @@ def tabulate(cost, low, kinds, alone, markdown=False):
     show(rows, markdown)
 
 
+def half_interval(leads):
+    """Half of the 95 % interval of the mean over seeds, the first dimension; nan for a single seed."""
+    n = len(leads)
+    return T95[n - 1] * leads.std(0, ddof=1) / n**0.5 if n - 1 in T95 else np.full(leads.shape[1:], np.nan)
+
+
+def verdict(cost, low, kinds):
+    """In words, by the logarithmic mean of top-1: over whom the first is ahead, by more than the interval, or behind."""
+    (_, ours), *others = kinds.items()
+    said = {}
+    for name, theirs in others:
+        means = [[score(fronts[seed], cost, low)[COLUMNS.index("top-1, log")] for seed in sorted(ours.keys() & theirs.keys())]
+                 for fronts in (ours, theirs)]  # fmt: skip
+        leads = np.subtract(*means)
+        clear = len(leads) and abs(leads.mean()) > half_interval(leads)
+        word = "level with" if not clear else "ahead of" if leads.mean() > 0 else "behind"
+        said.setdefault(word, []).append(name)
+    return f"{WRITTEN.get(cost, cost)}: " + ",\n".join(f"{word} {' and '.join(names)}" for word, names in said.items())
+
+
 def draw(shown, picture, log=None):
-    """A panel per cost. log: None for a logarithmic axis where the smallest cost is below 15 %."""
+    """For each cost the fronts, and beside them the first method's lead over each other, paired by seed, with its 95 % interval.
+
+    log: None for a logarithmic axis where the smallest cost is below 15 %."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
 
-    figure = Figure(figsize=(5 * len(shown), 4.5), layout="constrained")
+    figure = Figure(figsize=(10, 4 * len(shown) + 0.5), layout="constrained")
     names = list(dict.fromkeys(name for _, _, kinds, _ in shown for name in kinds))
-    for axes, (cost, low, kinds, alone) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown):
-        axes.set(xlabel=f"{cost} (% of the full network)", ylabel="test top-1 (%)")
+    for (fronts, lead), (cost, low, kinds, alone) in zip(figure.subplots(len(shown), 2, squeeze=False), shown):
+        (first, ours), *_ = kinds.items()
         budgets = np.geomspace(low, 1, 500)
-        for name, by_seed in kinds.items():
-            top1 = np.stack([within(front, cost, budgets)[1] for front in by_seed.values()])
-            colour = f"C{names.index(name)}"  # the same in every panel
-            axes.plot(100 * budgets, top1.mean(0), color=colour, label=name)
-            axes.fill_between(100 * budgets, top1.min(0), top1.max(0), color=colour, alpha=0.15, linewidth=0)
+        tops = {name: {s: within(front, cost, budgets)[1] for s, front in by_seed.items()} for name, by_seed in kinds.items()}
+        for name, by_seed in tops.items():
+            colour, top1 = f"C{names.index(name)}", np.stack(list(by_seed.values()))  # the same colour in every panel
+            fronts.plot(100 * budgets, top1.mean(0), color=colour, label=name)
+            fronts.fill_between(100 * budgets, top1.min(0), top1.max(0), color=colour, alpha=0.15, linewidth=0)
+            both = sorted(by_seed.keys() & tops[first].keys())
+            if name != first and both:
+                leads = np.stack([tops[first][s] - by_seed[s] for s in both])
+                mean, half = leads.mean(0), half_interval(leads)
+                lead.plot(100 * budgets, mean, color=colour)
+                lead.fill_between(100 * budgets, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
         crosses = [(100 * front[cost][0], front["top1"][0]) for _, front in alone]
         if crosses:
-            axes.plot(*zip(*crosses), "kx", label="trained alone")
-        if low < 0.15 if log is None else log:
-            ticks = [t for t in (1, 2, 3, 5, 7, 10, 20, 30, 50, 70, 100) if t >= 100 * low]
-            axes.set_xscale("log")
-            axes.set_xticks(ticks, map(str, ticks))
-            axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize="small")  # off the curves
-        axes.grid(alpha=0.3)
+            fronts.plot(*zip(*crosses), "kx", label="trained alone")
+        lead.axhline(0, color="black", linewidth=0.8)
+        fronts.set(ylabel="test top-1 (%)", title=f"{WRITTEN.get(cost, cost)}: mean and range of {len(ours)} seeds")
+        lead.set(ylabel=f"{first}'s lead (points)", title=verdict(cost, low, kinds))
+        lead.title.set_fontsize("medium")
+        for axes in (fronts, lead):
+            axes.set_xlabel(f"{WRITTEN.get(cost, cost)} (% of the full network)")
+            if low < 0.15 if log is None else log:
+                ticks = [t for t in (1, 2, 3, 5, 7, 10, 20, 30, 50, 70, 100) if t >= 100 * low]
+                axes.set_xscale("log")
+                axes.set_xticks(ticks, map(str, ticks))
+                axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.grid(alpha=0.3)
+    figure.legend(*fronts.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small")
     picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=150)
+    figure.savefig(picture, dpi=110)
 
 
 def compare(folders, picture=PICTURE, log=None, markdown=False):
@@ -197,7 +232,7 @@ def compare(folders, picture=PICTURE, log=None, markdown=False):
         tabulate(*panel, markdown)
     try:
         draw(shown, picture, log)
-        print(f"\n{picture}: lines are means over seeds, bands their range")
+        print(f"\n{picture}: fronts are means over seeds, bands their range; leads have their 95 % interval")
     except ImportError:
         print("\nno picture: matplotlib is not installed")
 

@@ -124,16 +124,14 @@ def distort(ink, g):
 
 
 def show(folder, characters, columns=20):
-    """A sheet of images, a character a column: a third of the training faces, a white line, and those of the tests."""
-    rows = []
-    for part in ("train", "val"):
+    """A sheet of images, a character a column: five of the training faces and five of the tests, labelled."""
+    sheet, x0 = Image.new("L", (150 + PIXELS * columns, PIXELS * 10 + 8), 255), 150
+    for part, text, y0 in (("train", "training fonts", 0), ("val", "test fonts", PIXELS * 5 + 8)):
         names = sorted(path.name for path in (folder / part / characters[0]).glob("*-0.png"))
-        names = names[::3] if part == "train" else names
-        rows += [[Image.open(folder / part / c / name) for c in characters[:columns]] for name in names] + [[]]
-    sheet = Image.new("L", (PIXELS * columns, PIXELS * (len(rows) - 1)), 255)
-    for y, row in enumerate(rows):
-        for x, image in enumerate(row):
-            sheet.paste(image, (PIXELS * x, PIXELS * y))
+        ImageDraw.Draw(sheet).text((10, y0 + PIXELS * 2.5), text, 0, ImageFont.load_default(18), anchor="lm")
+        for row, name in enumerate(names[:: len(names) // 5][:5]):
+            for column, c in enumerate(characters[:columns]):
+                sheet.paste(Image.open(folder / part / c / name), (x0 + PIXELS * column, y0 + PIXELS * row))
     sheet.save(folder / "sample.png", optimize=True)
 
 
