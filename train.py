@@ -238,10 +238,15 @@ def find_front(run: "Run") -> torch.Tensor:
     return widths[front]
 
 
+FINAL = 128  # configurations: the paper's 1000 are many already
+
+
 def search(run: "Run") -> Joslim:
     """The width search on finished weights, each configuration judged once: the two-stage method's second. `joslim` goes on
-    from its history, which was proposed for earlier weights. Both end with twice as many as a run's rounds propose."""
-    sampler, visits = run.joslim_sampler(), 2 * run.rounds * run.args.subnets
+    from its history, which was proposed for earlier weights. Both end with as many as a run's rounds propose, and FINAL more,
+    or twice as many."""
+    sampler, proposed = run.joslim_sampler(), run.rounds * run.args.subnets
+    visits = proposed + min(proposed, FINAL)
     if run.args.method == "joslim":
         sampler.load_state_dict(run.sampler.state_dict())
         sampler.losses = torch.full_like(sampler.losses, math.nan)

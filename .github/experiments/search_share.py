@@ -35,7 +35,8 @@ from joslim import Joslim, UniformWidths, evaluate, sandwich_step  # noqa: E402
 import train  # noqa: E402
 
 # Each recipe with the defaults that it leaves as they are.
-RECIPES = {key: vars(train.parse_args(["--data", key[0], "--arch", key[1], "--data-dir", "."])) for key in train.RECIPES}
+RECIPES = {key: vars(train.parse_args(["--data", key[0], "--arch", key[1], "--data-dir", "."]))
+           for key, recipe in train.RECIPES.items() if not callable(recipe)}  # fmt: skip
 
 # Training images, held-out ones among them; channels; classes. Of emnist the balanced part.
 DATA = {"synthetic": (16384 + 1000, 3, 60), "fashion-mnist": (60000, 1, 10), "kmnist": (60000, 1, 10),
@@ -164,12 +165,15 @@ def count(data, arch, r):
     per_round = r["subnets"] * (r["tau"] if r["fresh_widths"] else 1)
     sampler = Rules(net.num_widths, lambda a, **_: net.flops(a) / net.flops(1.0), r["lower"], r["num_prior"])
     counts = histories(sampler, steps, r["tau"], per_round, r["subnets"])
+    visited, m = len(sampler.widths), r["subnets"]
+    sizes = range(visited, visited + min(visited, train.FINAL), m)  # of the history on finished weights, each of it judged once
     by_python = sum(min(LAUNCHED, steps - s, r["tau"]) for s in range(0, steps, r["tau"]))
     return dict(zip(("launches", "step_launches"), count_launches(net, r["subnets"], r["lower"])), arch=arch, steps=steps,
                 by_python=steps if r["fresh_widths"] else by_python, counts=counts, history=len(sampler.widths),
                 flops=net.flops(sampler.widths).mean().item(), full=net.flops(1.0).item(),
                 step_flops=r["batch_size"] * step_flops(net, r["subnets"], r["lower"]),
-                proposals=proposing(net, r, counts, per_round))  # fmt: skip
+                after=[m] * len(sizes),
+                proposals=proposing(net, r, counts, per_round) + proposing(net, r, list(sizes), m))  # fmt: skip
 
 
 def passes(run, processes):
@@ -178,12 +182,12 @@ def passes(run, processes):
 
 
 def minutes(run, r, processes, rates):
-    """-> of steps, proposals, the front's choice; of evaluations, by form."""
+    """-> of steps, proposals, the search of the finished weights; of evaluations, by form."""
     arch, launches, n = run["arch"], run["launches"], r["eval_images"]
     shape = arch, run["step_launches"], run["step_flops"] / processes
     steps = run["by_python"] * rates.seconds(*shape) + (run["steps"] - run["by_python"]) * rates.seconds(*shape, graph=True)
-    judged, parts = max(r["candidates"], r["front_size"]) + 2, math.ceil(r["held_out"] / 256)
-    end = math.ceil(judged / processes) * parts * rates.seconds(arch, launches, 256 * run["flops"])
+    judged = math.ceil(run["history"] / processes) + sum(math.ceil(m / processes) for m in run["after"])
+    end = judged * math.ceil(r["held_out"] / 256) * rates.seconds(arch, launches, 256 * run["flops"])
     all_, share = passes(run, processes)
     evaluations = {
         "images": all_ * rates.seconds(arch, launches, n / processes * run["flops"]),
