@@ -1,26 +1,20 @@
 #!/usr/bin/env python3
-"""What do channel counts in multiples of 8 gain in latency, and cost in accuracy?
+"""What do channel counts in multiples of 8 gain in latency?
 
     python .github/experiments/divisor.py                  # two to ten minutes; nothing else may run meanwhile
-    python .github/experiments/divisor.py --train 0 1 2    # and the synthetic default with and without, a minute or two a run
 
-Latency: 40 random configurations of resnet20 (32 x 32) and mbv2 (224 x 224), batch 1, one thread, extracted with and without
-the divisor, taking turns. Accuracy: the default run of these seeds; runs go to runs/divisor/, figures to results/divisor/.
+40 random configurations of resnet20 (32 x 32) and mbv2 (224 x 224), batch 1, one thread, extracted with and without the divisor,
+taking turns.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-import runs
-from compare import read_run
 import torch
-from init import mean_top1
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import models  # noqa: E402
-
-ROOT = Path("runs", "divisor")
 
 
 def latency(arch, size):
@@ -35,17 +29,6 @@ def latency(arch, size):
 
 
 if __name__ == "__main__":
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--train", type=int, nargs="*", default=[], metavar="SEED")
-    p.add_argument("--at-once", type=int, default=2)
-    args = p.parse_args()
-    if not args.train:
-        latency("resnet20", 32)
-        latency("mbv2", 224)
-    else:
-        jobs = [(f"by{d}-{seed}", ["--divisor", d, "--seed", seed]) for seed in args.train for d in (1, 8)]
-        runs.queue(jobs, ROOT, args.at_once)
-        kept = dict(zip([name for name, _ in jobs], runs.keep(ROOT, [name for name, _ in jobs], "divisor")))
-        for seed in args.train:
-            one, eight = (mean_top1(read_run(kept[f"by{d}-{seed}"])[1]) for d in (1, 8))
-            print(f"seed {seed}: mean top-1 over budgets {one:.2f}, in multiples of 8 {eight:.2f}")
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    latency("resnet20", 32)
+    latency("mbv2", 224)

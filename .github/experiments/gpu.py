@@ -24,7 +24,6 @@ import torch.nn.functional as F
 PROJECT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(PROJECT))
 import models  # noqa: E402
-import train  # noqa: E402
 from joslim import Replay, evaluate, sandwich_step  # noqa: E402
 
 LOWER, STEPS = 0.42, 10
