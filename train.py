@@ -77,29 +77,6 @@ SMALL = dict(
     epochs=4, batch_size=32, lr=0.5, weight_decay=5e-4, tau=150, held_out=2500, image_size=28, subnets=1,
     warmup_epochs=0.2, eval_images=125, calibrate_images=1024, front_size=16,
 )  # fmt: skip
-
-
-def folder_recipe(n: int) -> dict:
-    """For n training images of one's own; at 64 pixels, which two CPU cores can do. tau: see `tau_of_share`."""
-    held_out, epochs = max(min(n // 10, 5000), 2), min(max(round(1000 / n**0.5), 5), 50)
-    return dict(
-        epochs=epochs, batch_size=2 ** min(max(round(math.log2(n) / 2), 4), 8), lr=0.2, weight_decay=5e-4, tau=None,
-        held_out=held_out, image_size=64, augment="shift", flip=True, subnets=1, fresh_widths=True, num_prior=8, lower=0.25,
-        warmup_epochs=epochs / 10, eval_images=min(held_out, 256), divisor=8,
-    )  # fmt: skip
-
-
-def tau_of_share(args: argparse.Namespace, n: int, share: float = 0.1) -> int:
-    """Steps between rounds with which the search takes this share of a run on n training images, by counting images that pass
-    forward: three for each forward and backward of a step's M + 2 networks; R rounds of M proposals judge M R^2 / 2
-    configurations in training, and 2 M R on all held-out images at the end."""
-    steps = args.epochs * ((n - args.held_out) // args.batch_size)
-    most = share * 3 * (args.subnets + 2) * steps * args.batch_size
-    a, b = args.subnets * args.eval_images / 2, 2 * args.subnets * args.held_out
-    rounds = ((b * b + 4 * a * most) ** 0.5 - b) / (2 * a)  # where a R^2 + b R = most
-    return max(round(steps / max(rounds, 1)), 1)
-
-
 RECIPES = {
     ("synthetic", "resnet8"): SYNTHETIC,
     # Its last maps are 1 x 1, where BatchNorm averages over images alone: 256 leave 32 to each of 8 processes.
@@ -109,7 +86,7 @@ RECIPES = {
     ("fashion-mnist", "mbv2"): SMALL | dict(lr=0.05),
     ("kmnist", "resnet8"): SMALL, ("emnist", "resnet8"): SMALL,
     ("cifar10", "resnet56"): CIFAR, ("cifar100", "resnet56"): CIFAR,
-    ("folder", "resnet18"): folder_recipe,
+    ("folder", "resnet18"): lambda n: folder_recipe(n),  # of the number of images, see there
     ("imagenet", "mbv2"): IMAGENET,
     ("imagenet", "resnet18"): IMAGENET | dict(epochs=100, tau=250),
 }
@@ -471,6 +448,27 @@ portion = typed(float, lambda v: 0 <= v < 1, "a number in [0, 1)")
 multiplier = typed(float, lambda v: 0 < v <= 1, "a number in (0, 1]")
 folder = typed(lambda text: text and Path(text).expanduser(), bool, "a folder")  # a shell leaves the ~ of --out=~/x
 device = typed(torch.device, lambda v: v.type in ("cpu", "cuda"), "cpu, cuda or cuda:N")
+
+
+def folder_recipe(n: int) -> dict:
+    """For n training images of one's own; at 64 pixels, which two CPU cores can do. tau: see `tau_of_share`."""
+    held_out, epochs = max(min(n // 10, 5000), 2), min(max(round(1000 / n**0.5), 5), 50)
+    return dict(
+        epochs=epochs, batch_size=2 ** min(max(round(math.log2(n) / 2), 4), 8), lr=0.2, weight_decay=5e-4, tau=None,
+        held_out=held_out, image_size=64, augment="shift", flip=True, subnets=1, fresh_widths=True, num_prior=8, lower=0.25,
+        warmup_epochs=epochs / 10, eval_images=min(held_out, 256), divisor=8,
+    )  # fmt: skip
+
+
+def tau_of_share(args: argparse.Namespace, n: int, share: float = 0.1) -> int:
+    """Steps between rounds with which the search takes this share of a run on n training images, by counting images that pass
+    forward: three for each forward and backward of a step's M + 2 networks; R rounds of M proposals judge M R^2 / 2
+    configurations in training, and 2 M R on all held-out images at the end."""
+    steps = args.epochs * ((n - args.held_out) // args.batch_size)
+    most = share * 3 * (args.subnets + 2) * steps * args.batch_size
+    a, b = args.subnets * args.eval_images / 2, 2 * args.subnets * args.held_out
+    rounds = ((b * b + 4 * a * most) ** 0.5 - b) / (2 * a)  # where a R^2 + b R = most
+    return max(round(steps / max(rounds, 1)), 1)
 
 
 def parse_args(argv=None):
