@@ -18,12 +18,12 @@ tau steps a round, held_out = (x, y) images that training never sees:
         net.set_widths(a)
         calibrate_bn(net, batches_of_training_images)                # then net.eval(), and test it
 
-`UniformWidths(dim)` in place of `Joslim` trains US-Nets ("slim"), `RandomWidths(dim)` the first half of
-NAS-style two-stage methods, by the same loop. They are never `ready` and keep no history: the front is
+`UniformWidths(dim)` in place of `Joslim`, with tau = 1, trains US-Nets ("slim"), `RandomWidths(dim)` the first half
+of NAS-style two-stage methods. They are never `ready` and keep no history: the front is
 then chosen among widths of your own.
 
-This file needs torch and gp.py. BatchNorm must not track its statistics in training, or `evaluate` would
-change them: `models.BatchNorm2d`, or momentum 0.
+This file needs torch and gp.py. `evaluate` goes by each batch's BatchNorm statistics. So BatchNorm must not track
+them in training, or they would change: `models.BatchNorm2d`, or momentum 0.
 """
 
 import math
@@ -40,7 +40,7 @@ from gp import GP, chebyshev, optimize_acquisition, require, require_values, ucb
 
 
 class RandomWidths:
-    """a ~ U[lower, 1]^d, every width for itself: how OFA and BigNAS train their shared weights.
+    """a ~ U[lower, 1]^d, each width drawn by itself: how OFA and BigNAS train their shared weights.
 
     Raises ValueError for dim below 1, lower outside (0, 1], or a seed that torch's generators would shorten.
     """
@@ -50,7 +50,7 @@ class RandomWidths:
     def __init__(self, dim: int, lower: float = 0.42, seed: int = 0):
         require(dim >= 1, f"dim must be at least 1, got {dim}")
         require(0 < lower <= 1, f"lower must lie in (0, 1], got {lower}")
-        require(0 <= seed < 2**32, f"seed must lie in [0, 2^32), got {seed}")  # of more bits torch's generator drops the upper
+        require(0 <= seed < 2**32, f"seed must lie in [0, 2^32), got {seed}")  # torch's generator uses the lower 32 bits only
         self.dim, self.lower = dim, lower
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -93,12 +93,12 @@ class Joslim(UniformWidths):
 
     Args:
         dim: d, the number of widths.
-        cost: maps a (..., d) to cost ratios (...,) to the full network's; takes `relaxed=True` for
+        cost: maps widths a (..., d) to cost ratios (...,) to the full network's; takes `relaxed=True` for
             a version differentiable in a. Must grow with every width. One without a gradient, a lookup table say,
             serves as well: proposals then move along the acquisition's gradient alone.
         beta: weight of the GP's variance in the (optimistic) acquisition.
-        ema: when a configuration is observed again, (1 - ema) * new + ema * (old + mean change of all), in
-            logarithms, is kept: averages out the noise of small batches. 0 takes the new loss.
+        ema: when a configuration is observed again, (1 - ema) * new + ema * (old + mean change of all that
+            are with it), in logarithms, is kept: this averages out the noise of small batches. 0 takes the new loss.
 
     Attributes, both of which may be assigned:
         widths: (n, d) the history: the proposals that were kept, and the full network; float64.
@@ -151,9 +151,9 @@ class Joslim(UniformWidths):
     def observe(self, losses: Tensor, where: Tensor | None = None) -> None:
         """Renews the losses (n,) of all configurations, or of those whose indices (k,) are `where`.
 
-        Where the weights have moved, renew all, on few images rather than some on many: the GP
+        Where the weights have moved, renew all of them on few images, not some of them on many: the GP
         averages noise out, but what is stale misleads it. nan or inf marks a configuration as not
-        observed. Raises ValueError for a negative loss, a wrong shape or dtype or an index that is none.
+        observed. Raises ValueError for a negative loss, a wrong shape or dtype, or an index out of range.
         """
         n = len(self.widths)
         losses = torch.as_tensor(losses)
@@ -164,7 +164,7 @@ class Joslim(UniformWidths):
         require(fits, f"losses: expected shape {tuple(where.shape)}, got {tuple(losses.shape)}")
         inside = ((where >= 0) & (where < n)).all()
         require(inside, f"where: expected indices from 0 to {n - 1}")
-        require(not (losses < 0).any(), "losses: expected positive ones, as cross-entropies are")
+        require(not (losses < 0).any(), "losses: must not be negative, as no cross-entropy is")
         where, new = where.to(self.losses.device), losses.to(self.losses)
         change = self.log(new) - self.log(self.losses[where])
         again = change.isfinite()
@@ -192,7 +192,7 @@ class Joslim(UniformWidths):
     def propose(self, m: int) -> Tensor:
         """m configurations (m, d) from a GP on the history.
 
-        Raises ValueError if `widths` and `losses` do not fit together, a width is outside the box or no loss is finite.
+        Raises ValueError if `widths` and `losses` do not fit together, a width is outside [lower, 1] or no loss is finite.
         """
         require_values("widths", self.widths, None, self.dim)
         inside = ((self.widths >= self.lower - 1e-6) & (self.widths <= 1 + 1e-6)).all()
@@ -201,14 +201,14 @@ class Joslim(UniformWidths):
         require(fits, f"losses: expected shape ({len(self.widths)},) on {self.widths.device}, "
                       f"got {tuple(self.losses.shape)} on {self.losses.device}")  # fmt: skip
         known = self.losses.isfinite()
-        require(known.any(), "losses: none is finite; observe() the history's losses before sample()")
+        require(known.any(), "losses: none is finite; observe() the history's losses before sample(), unless training diverged")
         widths = self.widths[known].double()
         losses = self.log(self.losses[known])
         model = GP(self.unit(widths), losses, self.hyper).fit()
         self.hyper = model.hyper
         near = widths[shortlist(self.losses[known], self.cost_of(widths), 50)]  # where good ones are: starts
 
-        def acquisition(a):
+        def acquisition(a):  # by the field's name an upper bound; of a loss, which is to be small, the lower one
             return ucb(*model.posterior(self.unit(a)), self.beta)
 
         if self.targeted:
@@ -245,8 +245,8 @@ class Joslim(UniformWidths):
             ds/da = -grad C / (1' grad C),        grad C the gradient of C(clip(a + s)) in a.
 
         Eight bisections come near s. The Newton step from there, -(C - target) / (1' grad C), leaves an error of
-        second order, and its own gradient is that very expression: it carries value and gradient. (Bisecting
-        until nothing is left to step takes longer: .github/experiments/simpler.py. It is for costs without gradient.)
+        second order, and its own gradient is that very expression: it carries value and gradient. (Only a cost
+        without gradient is bisected to the end, which takes longer: .github/experiments/simpler.py.)
         """
         with torch.no_grad():
             low, high = (torch.full_like(a[..., :1], s * (1 - self.lower)) for s in (-1, 1))

@@ -14,7 +14,7 @@
 
 The whole idea is the `WidthGroup`: tensors that are added share one, a layer is told which group it reads and which it
 writes, and choosing widths is setting each group's `active` once. Forward passes read like the ordinary networks'; costs are
-found by watching one forward pass. So are, by `slimmable`, the groups of an ordinary network. To tell them yourself, write
+found by watching one forward pass. So are, by `slimmable`, the groups of an ordinary network. To give them yourself, write
 the network with this file's `Conv2d`, `BatchNorm2d` and `Linear`, as ResNet and MobileNetV2 are written below, and wrap it:
 `Slimmable(MyNet(), image=(3, 32, 32))`.
 
@@ -46,7 +46,7 @@ from torch.utils.flop_counter import flop_registry
 class WidthGroup:
     """Channels that must agree. `max` exist, the first `active` of them are in use, a multiple of `step`.
 
-    A `fixed` group (image channels, MobileNetV2's last 1280; `slimmable` gives the reason) is never slimmed and takes no
+    A `fixed` group (image channels, MobileNetV2's last 1280; `slimmable` has the reason as a string) is never slimmed and takes no
     place in the width vector. Raises ValueError for max below 1.
     """
 
@@ -62,7 +62,8 @@ class WidthGroup:
 class Concatenation:
     """What a layer reads where tensors of several groups are concatenated, in this order, along the channels.
 
-    each: values of a channel that are read as so many channels, where maps were flattened.
+    each: how many inputs a channel becomes where maps were flattened: height * width; else 1.
+    Raises ValueError for a concatenation among the parts that was flattened to another number.
     """
 
     fixed = True  # its width is its parts'
@@ -70,11 +71,13 @@ class Concatenation:
     active = property(lambda self: self.each * sum(g.active for g in self.parts))
 
     def __init__(self, *parts: "WidthGroup | Concatenation", each: int = 1):
+        if any(part.each not in (1, each) for part in parts):
+            raise ValueError(f"parts: one was flattened, but not to {each} inputs a channel")
         self.parts, self.each = tuple(g for part in parts for g in part.parts), each
 
 
 def views(t: Tensor, channels: WidthGroup | Concatenation, dim: int = 0) -> list[tuple[WidthGroup, Tensor]]:
-    """Each part, and what is its own in a dimension where every part has room for its full width."""
+    """Each part with its slice of dimension `dim`, in which every part has its full width."""
     return list(zip(channels.parts, t.split([channels.each * g.max for g in channels.parts], dim)))
 
 
@@ -95,7 +98,7 @@ def in_steps(channels: WidthGroup | Concatenation, step: int) -> bool:
 def used(t: Tensor | None, writes: WidthGroup | Concatenation, reads: WidthGroup | Concatenation | None = None):
     """What is in use of a layer's vector or weight, (writes.max, ...); (writes.max, reads.max, ...) where `reads` is given.
 
-    Of a concatenation's parts what is not used is left out, since in the input they lie side by side.
+    Of a concatenation what is not used is cut out of each part, as it is missing from the input.
     """
     if t is None:
         return None
@@ -124,7 +127,7 @@ class Conv2d(nn.Conv2d):
     """`nn.Conv2d` from the group it reads to the one it writes. A grouped convolution (depthwise: of one channel a part)
     writes the group it reads, whose channels then come and go by whole parts.
 
-    Padded by kernel_size // 2, and without a bias, unless asked: BatchNorm, which mostly follows, has one.
+    Padded by dilation * (kernel_size // 2), and without a bias, unless asked: BatchNorm, which mostly follows, has one.
     """
 
     def __init__(self, reads, writes, kernel_size, stride=1, *, depthwise=False, bias=False, padding=None, dilation=1,
@@ -165,7 +168,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def __init__(self, group):
         super().__init__(group.max)
-        self.theirs, self.momentum = self.momentum, 0.0  # the momentum of what is extracted; ours
+        self.theirs, self.momentum = self.momentum, 0.0  # of what is extracted; here none, unless calibrating
         self.reads = self.writes = group
 
     def forward(self, input):
@@ -175,7 +178,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         training = self.training or mean is None
         weight, bias = used(self.weight, self.writes), used(self.bias, self.writes)
         out = F.batch_norm(input, mean, var, weight, bias, training, self.momentum, self.eps)
-        if self.training and mean is not None and isinstance(self.writes, Concatenation):  # they may be copies
+        if self.training and mean is not None and isinstance(self.writes, Concatenation):  # of which mean and var are copies
             for stat, new in ((self.running_mean, mean), (self.running_var, var)):
                 parts = cut(stat, self.writes)
                 torch._foreach_copy_(parts, new.split([len(part) for part in parts]))
@@ -239,7 +242,7 @@ class Slimmable(nn.Module):
         layers: one module, whose children and parameters become this network's own, by the same names, and whose forward
             pass it runs; or named children, run one after another.
         image: (channels, height, width) of one input, for the costs.
-        divisor: channel counts are multiples of it, but for the full network's; of 8, they run faster on most processors.
+        divisor: channel counts are multiples of it, except the full network's; multiples of 8 are faster on most processors.
 
     Attributes:
         groups: the width groups that are slimmed, in the order of `named_modules()`; a[i] sets `groups[i]`.

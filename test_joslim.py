@@ -2163,8 +2163,8 @@ def test_any_network_trains(arch, size, tiny, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("arch, size, word", [
-    ("own.py:broken", 8, "RuntimeError: theirs"), ("own.py:two", 8, "gives not one logit a class for each image where train(True)"),
-    ("own.py:evals", 8, "gives not one logit a class for each image where train(False)"), ("own.py:leaves", 8, "SystemExit"),
+    ("own.py:broken", 8, "RuntimeError: theirs"), ("own.py:two", 8, "does not give one logit a class for each image in train(True)"),
+    ("own.py:evals", 8, "does not give one logit a class for each image in train(False)"), ("own.py:leaves", 8, "SystemExit"),
     ("own.py:none", 8, "AttributeError"), ("own.py:half", 8, "RuntimeError"), ("own.py:meta", 8, "--arch"),
     ("own.py:fixed", 8, "keeps every width"), ("resnet8 --lower 1", 8, "keeps every width"), ("own.py:nothing", 8, "no attribute 'nothing'"), ("none.py:Net", 8, "No such file"),
     ("own.py:colours", 8, "--arch"), ("vit_b_16", 32, "keeps every width"), ("alexnet", 32, "Output size is too small"),
@@ -3516,7 +3516,7 @@ def test_samplers_name_what_is_wrong():
     refuses("losses: expected", sampler.observe, torch.ones(2))
     refuses("losses, where: expected", sampler.observe, torch.ones(1), torch.ones(1))
     refuses("losses, where: expected", sampler.observe, 1j * torch.ones(3))
-    refuses("losses: expected positive", sampler.observe, torch.tensor([1.0, torch.nan, -1e-9]))
+    refuses("losses: must not be negative", sampler.observe, torch.tensor([1.0, torch.nan, -1e-9]))
     refuses("where: expected", sampler.observe, torch.ones(1), torch.tensor([9]))
     refuses("where: expected", sampler.observe, torch.ones(1), torch.tensor([-1]))
     assert len(sampler.widths) == 3 and (sampler.losses == 1).all()  # a refused call leaves no trace
@@ -3611,6 +3611,8 @@ def test_networks_name_what_is_wrong():
     refuses("image_size", models.build, "mbv2", 5, 0)
     refuses("in_channels", models.build, "mbv2", 5, 32, 0)
     refuses("a: this network", net.flops, torch.ones(2, 5))
+    group = models.WidthGroup(4)
+    refuses("not to 1 inputs a channel", models.Concatenation, models.Concatenation(group, each=4), group)
     refuses("a: widths must lie", net.memory, 0.0)
     refuses("a: widths must lie", net.extract, 2.0)
 

@@ -42,7 +42,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps  # torchvision's own
+from PIL import Image, ImageOps  # comes with torchvision
 from torch.utils._pytree import tree_map_only
 from torchvision.transforms import v2 as transforms
 
@@ -54,8 +54,8 @@ fcntl = __import__("fcntl") if os.name == "posix" else None
 
 # ------------------------------------------------------------------------------ recipes
 
-# Each entry is a default of the flag of its name; what it leaves out has the default that --help gives. The first
-# network of a data set is its default; any other that is not listed takes the first one's recipe. `lr` is for batches of 256.
+# Each entry is a default of the flag of its name; what a recipe leaves out has the default that --help gives. The first network of
+# a data set is its default; any other that is not listed takes the first one's recipe. `lr` is for batches of 256.
 
 # The paper visits 1000 configurations: 200 epochs of 351 steps, two every 140.
 CIFAR = dict(
@@ -86,7 +86,7 @@ RECIPES = {
     ("fashion-mnist", "mbv2"): SMALL | dict(lr=0.05),
     ("kmnist", "resnet8"): SMALL, ("emnist", "resnet8"): SMALL,
     ("cifar10", "resnet56"): CIFAR, ("cifar100", "resnet56"): CIFAR,
-    ("folder", "resnet18"): lambda n: folder_recipe(n),  # of the number of images, see there
+    ("folder", "resnet18"): lambda n: folder_recipe(n),  # by the number of images
     ("imagenet", "mbv2"): IMAGENET,
     ("imagenet", "resnet18"): IMAGENET | dict(epochs=100, tau=250),
 }
@@ -95,15 +95,14 @@ RECIPES = {
 
 
 def train(run: "Run") -> None:
-    """Joslim, the paper's algorithm 2: every tau steps a round proposes widths, each step trains some or all."""
+    """Joslim, the paper's algorithm 2: every tau steps a round proposes widths, each step trains M of them."""
     args, world, data, net, sampler = run.args, run.world, run.data, run.net, run.sampler
-    # The same loop is `slim` (one width for all layers) and `twostage` (one for each), drawn at random before every step:
-    # rounds of one step.
+    # The same loop is `slim` and `twostage`, whose widths (one for all layers; one for each) are drawn at random for each step.
     tau = args.tau if args.method == "joslim" else 1
     # M (--subnets) proposals a round, for all its steps; with --fresh-widths M a step, the round's first M joining the history.
     per_round = args.subnets * (tau if args.fresh_widths else 1)
 
-    @Replay  # a CUDA graph of each step whose widths come again: faster, the same numbers; nothing on a CPU
+    @Replay  # on a GPU, as a CUDA graph where a round's widths come again: faster, the same numbers
     def add_gradients(x, y, widths):
         """The full network learns from the labels; M proposals and the smallest network from the full one's softmax. (With
         --no-distillation all learn from the labels.) Their gradients add up in `net` -> losses (M + 2,), in that order."""
@@ -121,9 +120,9 @@ def train(run: "Run") -> None:
             # A round: which widths to train until the next one
             if run.step % tau == 0:
                 with run.searching():  # whose time is counted
-                    if sampler.ready:  # once the first n0 are drawn; never for random samplers, which use no losses
-                        # 1. Re-evaluate all of the history under today's weights, on images held out from training: each
-                        # round takes the next --eval-images of them, round and round. Processes share the configurations.
+                    if sampler.ready:  # once --num-prior are drawn; never for random samplers, which use no losses
+                        # 1. Re-evaluate all of the history under today's weights, on images held out from training, of which
+                        # each round takes the next --eval-images, again and again. Processes share the configurations.
                         images, labels = data.held_out(run.step // tau)
                         run.observe(world.map(lambda some: evaluate(net, some, images, labels, args.amp), sampler.widths))
                     # 2. Fit a GP to these losses, 3. propose (until ready, draw at random), 4. append the first M proposals to
@@ -162,11 +161,11 @@ def make_network(how: dict, lower: float) -> models.Slimmable:
             with torch.no_grad():
                 out = net.train(training)(torch.zeros(2, *image))
             if not isinstance(out, torch.Tensor) or out.shape != (2, how["num_classes"]):
-                raise ValueError(f"gives not one logit a class for each image where train({training})")
+                raise ValueError(f"does not give one logit a class for each image in train({training})")
     except (ValueError if arch in models.ARCHS else Exception) as e:
         raise e if isinstance(e, UserError) else UserError(f"--arch {arch}: {name_of(e)}") from None
     if torch.equal(net.channels(lower), net.channels(1.0)):
-        why = ", ".join(sorted({*(net.kept or {}).values()})[:3]) or "--lower and --divisor leave none"
+        why = ", ".join(sorted({*(net.kept or {}).values()})[:3]) or "--lower and --divisor leave no smaller one"
         raise UserError(f"--arch {arch}: keeps every width ({why})")
     return net
 
@@ -195,9 +194,9 @@ def make_optimizer(net: torch.nn.Module, args: argparse.Namespace) -> torch.opti
 
 
 def find_front(run: "Run") -> torch.Tensor:
-    """The configurations to test (k, d), by rising cost: non-dominated on the whole held-out split."""
+    """The configurations to test (k, d), by rising cost: non-dominated on the whole held-out split, at most --front-size."""
     args, net = run.args, run.net
-    count = 2 if args.method != "slim" else 3 * args.front_size  # those trained at every step, in any case; `slim`'s line
+    count = 2 if args.method != "slim" else 3 * args.front_size  # the two that every step trains; `slim`'s line
     uniform = torch.linspace(args.lower, 1, count, dtype=torch.float64)[:, None].expand(-1, net.num_widths)
     widths, loss = uniform, judge(run, uniform)
     if args.method != "slim":
@@ -215,13 +214,13 @@ def find_front(run: "Run") -> torch.Tensor:
     return widths[front]
 
 
-FINAL = 128  # configurations: the paper's 1000 are many already
+FINAL = 128  # configurations that `search` adds, at most, to those of a run's rounds
 
 
 def search(run: "Run") -> Joslim:
-    """The width search on finished weights, each configuration judged once: the two-stage method's second. `joslim` goes on
-    from its history, which was proposed for earlier weights. Both end with as many as a run's rounds propose, and FINAL more,
-    or twice as many."""
+    """The width search on finished weights, each configuration judged once: the two-stage method's second stage. `joslim` goes
+    on from its history, which was proposed for earlier weights. Both end with as many visits as `joslim`'s rounds (of --tau
+    steps) propose, and as many again or FINAL."""
     sampler, proposed = run.joslim_sampler(), run.rounds * run.args.subnets
     visits = proposed + min(proposed, FINAL)
     if run.args.method == "joslim":
