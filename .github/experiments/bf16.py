@@ -22,7 +22,7 @@ LOW = 0.03  # of the FLOPs: above both smallest networks' cost
 def scores(name):
     settings, front = compare.read_run(ROOT / name)
     front["flops"] = front["flops"] / front["flops"].max()
-    return compare.score(front, "flops", LOW)[compare.COLUMNS.index("top-1, log")], settings["seconds"]
+    return compare.score(front, "flops", LOW)[compare.COLUMNS.index("top-1")], settings["seconds"]
 
 
 if __name__ == "__main__":

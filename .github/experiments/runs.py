@@ -16,8 +16,9 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def list_methods(root, settings, seeds, costs=("flops", "memory")):
-    """Jobs (name, flags, needs) that compare the methods, for each seed and cost: `joslim`, `slim`, `twostage`, and `slim`'s weights
-    searched. All of them but `slim`, whose front is the uniform line, end with the same search: as many visits, the same images."""
+    """Jobs (name, flags, needs) that compare the methods, for each seed and cost: `joslim`, `slim`, `twostage`, and the weights of the
+    first two searched as `twostage`'s are, from nothing. All but `slim`, whose front is the uniform line, end with as many visits on
+    the same images."""
     jobs, (first, *others) = [], costs
     for seed in seeds:
         shared = [*settings, "--seed", seed]
@@ -27,6 +28,8 @@ def list_methods(root, settings, seeds, costs=("flops", "memory")):
         # Random widths are the same whatever the cost: these weights serve the others, too.
         jobs += [(f"twostage-{cost}-{seed}", ["--search", root / twostage, "--cost", cost], [twostage]) for cost in others]
         jobs += [(f"slimsearched-{cost}-{seed}", ["--search", root / slim, "--cost", cost], [slim]) for cost in costs]
+        joslims = {cost: f"joslim-{cost}-{seed}" for cost in costs}
+        jobs += [(f"joslimsearched-{cost}-{seed}", ["--search", root / name], [name]) for cost, name in joslims.items()]
     return jobs
 
 
