@@ -1485,6 +1485,8 @@ def test_one_folder_of_class_folders(make_data, tmp_path, capsys):
     assert train.main([*flags, "--out", str(tmp_path / "run"), "--resume"]) == 0
     other = train.Data(train.parse_args([*flags, "--seed", "1"]), train.World().meet("cpu"))
     assert other.about["test_images"] != tested
+    more = ["--seed", "1", "--init", str(tmp_path / "run" / "front.pt"), "--out", str(tmp_path / "init")]  # trained on its tests
+    assert train.main([*flags, *more]) == 2 and "held out other images, those of --seed 0" in capsys.readouterr().err
     shutil.rmtree(root / "rare")
     whole = ["--data", "folder", "--data-dir", str(root.parent)]  # train/ and val/
     assert "test_images" not in small_data(*whole, "--image-size", "8").about

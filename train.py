@@ -1107,7 +1107,8 @@ def read_folders(args, world):
         copies = sum(c in again for c in contents[len(train[0]) :])
         tell(f"{args.data_dir / 'val'}: {copies} of its {len(val[0])} images are also in train/, and learnt by heart")
     names = (os.path.relpath(path, args.data_dir).replace(os.sep, "/").encode(errors="surrogateescape") for path in paths)
-    about = dict(classes=classes, digest=hashlib.sha256(b"".join(itertools.chain(*zip(names, contents)))).hexdigest())
+    known = zip(names, contents) if not drawn else sorted(zip(names, contents))  # the same, whichever are drawn
+    about = dict(classes=classes, digest=hashlib.sha256(b"".join(itertools.chain(*known))).hexdigest())
     about |= {"test_images": [os.path.relpath(path, args.data_dir) for path in paths[len(train[0]) :]]} if drawn else {}
     if small:
         return array_sets(args, world, *in_memory(*train, args), *in_memory(*val, args)), 3, about
@@ -1144,7 +1145,7 @@ def read_folder(root, world=None):
     """-> paths (n,) in an array of bytes, classes (n,), their names. Each file and folder counts once, whatever links lead
     to it. What is hidden, and what by its name is no image, is left out and counted."""
     if not root.is_dir():
-        raise UserError(f"--data-dir: {root} is missing; expected {root.parent} to hold train/ and val/")
+        raise UserError(f"--data-dir: {root} is missing; it should hold a folder for each class")
     left_out, folders, links, found, seen = Counter(), [], [], [], set()
 
     def take(path, label):
