@@ -223,6 +223,7 @@ def search(run: "Run") -> Joslim:
     steps) propose, and as many again or FINAL."""
     sampler, proposed = run.joslim_sampler(), run.rounds * run.args.subnets
     visits = proposed + min(proposed, FINAL)
+    run.say(f"searching the finished weights: {visits} configurations")
     if run.args.method == "joslim":
         sampler.load_state_dict(run.sampler.state_dict())
         sampler.losses = torch.full_like(sampler.losses, math.nan)
