@@ -1630,7 +1630,7 @@ class Run:
             except (Exception, SystemExit) as e:  # matplotlib may be missing, or broken
                 tell(f"no front.png: {name_of(e)}")
         costs, round_up = {name: columns[name] for name in columns if name in UNITS}, models.round_up
-        tell("\n" + "".join(f"{UNITS[name][0]:>11}        %" for name in costs) + "    loss   top-1 ± err.   top-5")
+        tell("\n" + "".join(f"{UNITS[name][0]:>11}        %" for name in costs) + "    loss   top-1  ±err.   top-5")
         shown = [part for k, v in costs.items() for part in (round_up(v / UNITS[k][1], 3), round_up(100 * v / v.max(), 1))]
         for cells, *row in zip(zip(*shown), *(columns[name] for name in ("loss", "top1", "top1_stderr", "top5"))):
             line = "".join(f"{value:>11} {percent:>7}%" for value, percent in zip(cells[::2], cells[1::2]))
