@@ -60,7 +60,7 @@ def main():
     p.add_argument("data_dir", type=Path, metavar="DIR")
     folder = p.parse_args().data_dir.resolve()
     listed = runs.list_methods(kanji_resnet8.ROOT, [*kanji_resnet8.SETTINGS, "--data-dir", folder], SEEDS, ["flops"])
-    runs.queue([job for job in listed if job[0].startswith("joslim")], kanji_resnet8.ROOT)
+    runs.queue([job for job in listed if job[0].startswith("joslim-")], kanji_resnet8.ROOT)
 
     KEPT.touch()
     with open(KEPT, newline="") as f:
