@@ -15,7 +15,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from test_joslim import (  # noqa: E402, F401
-    SMALL, Forked, await_line, finish, in_session, launch, read_state, same_run, start, stopped, tiny, two, write_data,
+    QUICK, Forked, await_line, finish, in_session, launch, read_state, same_run, start, stopped, tiny, two, write_data,
 )  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def test_the_second_of_two_processes_is_stopped_first_20_times(tiny, tmp_path): 
 
 def test_signals_to_the_group_with_loading_processes_20_times(tmp_path):
     root = write_data("imagenet", tmp_path / "data")
-    flags = [*SMALL, "--data", "imagenet", "--data-dir", str(root), "--arch", "resnet8", "--image-size", "16",
+    flags = [*QUICK, "--data", "imagenet", "--data-dir", str(root), "--arch", "resnet8", "--image-size", "16",
              "--workers", "2", "--log-seconds", "0", "--epochs", "4000"]  # fmt: skip
     pauses = random.Random(0)
     for k in range(20):
