@@ -382,28 +382,60 @@ def costs_are(net, a, plain, x):
     assert net.flops(a).item() == macs_by_hooks(plain, x)  # last: its hooks stay
 
 
+def agrees(net, theirs, x, seeds=2):
+    """`slimmable(theirs)` is that network at full width, and at others the plain network extracted; costs are that one's."""
+    state, out = theirs.state_dict(), lambda m, x: tree_flatten(m(x))[0]
+    assert list(net.state_dict()) == list(state) and all(torch.equal(state[k], v) for k, v in net.state_dict().items())
+    with torch.no_grad():
+        full, expected = out(net.eval(), x), out(theirs.eval(), x)
+    torch.testing.assert_close(full, expected, rtol=1e-9, atol=1e-9)
+    assert net.kept is None or all(map(torch.equal, full, expected))  # of a network as it is: to the bit
+    for seed in range(seeds):
+        net.set_widths(a := widths_for(net, seed))
+        plain, grads = net.eval().extract(), []
+        named = ([(k, type(m), getattr(m, "momentum", 0)) for k, m in n.named_modules()] for n in (plain, theirs))
+        assert next(named) == next(named)
+        with FlopCounterMode(display=False) as counter:
+            plain(x[:1])
+        assert net.flops(a).item() == counter.get_total_flops() / 2
+        assert net.params(a).item() == sum(p.numel() for p in plain.parameters())
+        for mode, some in itertools.product((False, True), (net, plain)):
+            torch.manual_seed(seed)  # of dropout
+            pixels = x.clone().requires_grad_()
+            sum(t.square().sum() for t in out(some.train(mode), pixels)).backward()
+            trained = [p for p in some.parameters() if p.grad is not None]
+            sums = [(p.grad.abs().sum(), (p.grad * p).sum()) for p in trained]  # where values are cut off, they are not trained
+            grads.append([pixels.grad, *(torch.stack(two).detach() for two in zip(*sums))])
+            grads[-1] += out(some, x) if not mode else []
+            some.zero_grad()
+        for ours, others in (grads[:2], grads[2:]):
+            for s, t in zip(ours, others, strict=True):
+                torch.testing.assert_close(s, t, rtol=1e-6, atol=1e-6 * t.abs().max().item())
+        after = {k: v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
+        assert all(torch.equal(state[k], v) for k, v in after.items())  # training tracks no statistics
+    net.set_widths(1.0)
+    models.sort_channels(net.eval())
+    with torch.no_grad():
+        for s, t in zip(out(net, x), full):
+            torch.testing.assert_close(s, t, rtol=1e-6, atol=1e-6 * t.abs().max().item())
+
+
+def ready(net):
+    """In double, with statistics and affine parameters that hide nothing."""
+    for m in net.double().modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.affine:
+            m.weight.data.uniform_(0.5, 1.5), m.bias.data.normal_(0, 0.2)
+            m.running_mean.normal_(0, 0.2), m.running_var.uniform_(0.5, 1.5)
+    return net.eval()
+
+
 @pytest.mark.parametrize("arch", EACH_KIND)
 def test_narrow_is_the_plain_network(arch):
     size = 16 if arch in CIFAR_FORM else 32
-    net = models.build(arch, 7, size).double()
-    for t in (*net.parameters(), *net.buffers()):
-        if t.ndim == 1:
-            t.data.uniform_(0.5, 1.5)
-    for seed in range(2):
-        net.set_widths(widths_for(net, seed))
-        plain = net.extract()
-        assert not {type(m) for m in plain.modules()} & {models.Slimmable, *models.LAYERS}
-        x, y, pairs = torch.randn(4, 3, size, size).double(), torch.arange(4), dict(plain.named_parameters())
-        for mode in (False, True):
-            net.train(mode), plain.train(mode)
-            net.zero_grad(), plain.zero_grad()
-            ours, theirs = net(x), plain(x)
-            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
-            F.cross_entropy(ours, y).backward(), F.cross_entropy(theirs, y).backward()
-            for name, p in net.named_parameters():
-                cut = p.grad[tuple(map(slice, pairs[name].shape))]
-                torch.testing.assert_close(cut, pairs[name].grad, rtol=1e-5, atol=1e-5 * cut.abs().max().item() + 1e-9)
-                assert p.grad.count_nonzero() == cut.count_nonzero()  # what is cut off is not trained
+    net = ready(models.build(arch, 7, size))
+    plain = net.extract(1.0)
+    assert not {type(m) for m in plain.modules()} & {models.Slimmable, *models.LAYERS}
+    agrees(net, plain, torch.randn(4, 3, size, size).double())
 
 
 def test_widths_become_channels():
@@ -490,17 +522,11 @@ def conv(reads, writes, *how):
 def test_another_network_made_slimmable(forward, more):
     net, x = own(forward, **more), torch.randn(3, 1, 12, 12)
     assert net.names == ["net.one", "net.two"]
-    for a in (torch.tensor([0.5, 0.75]), torch.tensor([1.0, 0.25])):
-        plain = net.extract(a)
-        net.set_widths(a)
-        torch.testing.assert_close(net(x), plain(x))
-        costs_are(net, a, plain, x[:1])
-    net.set_widths(1.0)
-    before = net.eval()(x)
-    models.sort_channels(net)
-    torch.testing.assert_close(net(x), before)
     if forward is None:
         assert net.flops(torch.tensor([0.5, 0.75])).item() == 9 * 4 * 144 + 9 * 4 * 9 * 36 + 9 * 3
+    for a in (torch.tensor([0.5, 0.75]), torch.tensor([1.0, 0.25])):
+        costs_are(net, a, net.extract(a), x[:1])
+    agrees(ready(net), net.extract(1.0), x.double())
 
 
 def test_a_network_that_asks_its_groups_is_extracted_at_any_widths():
@@ -555,51 +581,6 @@ def test_any_two_groups_added_are_refused(count, channels):
     for pair in ((1, 3), (3, 1), (count - 2, count - 1), (count - 1, 0)):
         refuses("after first|last.*: reads", models.Slimmable, Sums(*pair), (1, 2, 2))
     assert models.Slimmable(Sums(1), (1, 2, 2)).num_widths == count
-
-
-def agrees(net, theirs, x, seeds=2):
-    """`slimmable(theirs)` is that network at full width, and at others the plain network extracted; costs are that one's."""
-    state, out = theirs.state_dict(), lambda m, x: tree_flatten(m(x))[0]
-    assert list(net.state_dict()) == list(state) and all(torch.equal(state[k], v) for k, v in net.state_dict().items())
-    with torch.no_grad():
-        full = out(net.eval(), x)
-        assert all(map(torch.equal, full, out(theirs.eval(), x)))
-    for seed in range(seeds):
-        net.set_widths(a := widths_for(net, seed))
-        plain, grads = net.eval().extract(), []
-        named = ([(k, type(m), getattr(m, "momentum", 0)) for k, m in n.named_modules()] for n in (plain, theirs))
-        assert next(named) == next(named)
-        with FlopCounterMode(display=False) as counter:
-            plain(x[:1])
-        assert net.flops(a).item() == counter.get_total_flops() / 2
-        assert net.params(a).item() == sum(p.numel() for p in plain.parameters())
-        for mode, some in itertools.product((False, True), (net, plain)):
-            torch.manual_seed(seed)  # of dropout
-            pixels = x.clone().requires_grad_()
-            sum(t.square().sum() for t in out(some.train(mode), pixels)).backward()
-            sizes = [p.grad.abs().sum() for p in some.parameters() if p.grad is not None]
-            grads.append([pixels.grad, torch.stack(sizes)])
-            grads[-1] += out(some, x) if not mode else []
-            some.zero_grad()
-        for ours, others in (grads[:2], grads[2:]):
-            for s, t in zip(ours, others, strict=True):
-                torch.testing.assert_close(s, t, rtol=1e-6, atol=1e-6 * t.abs().max().item())
-        after = {k: v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
-        assert all(torch.equal(state[k], v) for k, v in after.items())  # training tracks no statistics
-    net.set_widths(1.0)
-    models.sort_channels(net.eval())
-    with torch.no_grad():
-        for s, t in zip(out(net, x), full):
-            torch.testing.assert_close(s, t, rtol=1e-6, atol=1e-6 * t.abs().max().item())
-
-
-def ready(net):
-    """In double, with statistics and affine parameters that hide nothing."""
-    for m in net.double().modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.affine:
-            m.weight.data.uniform_(0.5, 1.5), m.bias.data.normal_(0, 0.2)
-            m.running_mean.normal_(0, 0.2), m.running_var.uniform_(0.5, 1.5)
-    return net.eval()
 
 
 # Of each kind: widths found, and the share of FLOPs left at a quarter of them.
