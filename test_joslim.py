@@ -32,7 +32,6 @@ import types
 import zipfile
 import zlib
 from collections import Counter, OrderedDict
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -2279,19 +2278,6 @@ def test_fine_tuning(copied, capsys, monkeypatch):
     assert "no better, and not written" in capsys.readouterr().out and (copied / "flops-0.70.pt2").exists()
 
 
-def test_what_cannot_be_exported(copied, refused, tmp_path):
-    before, out = sorted(p.name for p in copied.iterdir()), ["--out", copied]
-    for word, *argv in (
-        ("the smallest needs", *out, "--export", "0.01"), ("--export: expected", *out, "--export", "x"),
-        ("nowhere/checkpoint.pt", "--out", tmp_path / "nowhere", "--export", "0.5"), ("needs --out", "--finetune", "2"),
-        ("/nowhere is not a folder", *out, "--export", "0.9", "--data-dir", "/nowhere"),
-        ("that run has --arch resnet8", *out, "--export", "0.9", "--arch", "resnet20"),
-        ("that run has --image-size 8", *out, "--export", "0.9", "--image-size", "12"),
-    ):  # fmt: skip
-        refused(word, *argv)
-    assert sorted(p.name for p in copied.iterdir()) == before
-
-
 def test_latency_fit_finds_a_known_formula():
     """Times that are made of FLOPs, activations and a constant are found again, for widths not seen; never negative."""
     net = models.build("resnet20", 10, 32)
@@ -2475,14 +2461,6 @@ def test_one_of_two_processes_is_stopped(which, tiny, tmp_path):
     stopped(tmp_path, err)
 
 
-def test_what_is_ignored_stays_so(tiny, tmp_path):
-    """As nohup has it: the terminal's signal is not for this run."""
-    run = Forked([*tiny, "--out", str(tmp_path)], patch="signal.signal(signal.SIGHUP, signal.SIG_IGN)")
-    run.await_line("epoch")
-    os.kill(run.pid, signal.SIGHUP)
-    assert run.finish() == (0, "")
-
-
 def test_others_children_live_on(photos, tmp_path):
     """A run ends its loading processes, and no other that its process has."""
     fork = multiprocessing.get_context("fork")
@@ -2494,11 +2472,6 @@ def test_others_children_live_on(photos, tmp_path):
         assert one.poll() is None and all(other.is_alive() for other in others)
         for other in (one, *others):
             other.kill()
-
-
-def test_main_in_a_thread(tiny, tmp_path):
-    with ThreadPoolExecutor() as threads:
-        assert threads.submit(train.main, [*tiny, "--method", "slim", "--out", str(tmp_path)]).result() == 0
 
 
 @pytest.mark.parametrize("when", ["load_arrays", "find_front", "test_front"])
@@ -2549,6 +2522,8 @@ def test_the_historys_losses_are_the_same_by_any_number_of_processes(method, tin
 
 OFFLINE = "import torchvision; torchvision.datasets.mnist.download_and_extract_archive = None"
 OTHERWISE = "parse = train.parse_args; train.parse_args = lambda argv: parse([*argv, *{}])"
+OTHER_DATA = ("load = train.load_arrays\n"
+              "train.load_arrays = lambda *a: ((p := load(*a))[0][0][-1, 0, 0, 0].bitwise_xor_(1), p)[1]")  # fmt: skip
 DRIFT = ("step = train.sandwich_step\n"
          "train.sandwich_step = lambda net, *a, **k: (net.fc.bias.data.add_(1e-6), step(net, *a, **k))[1]")  # fmt: skip
 
@@ -2560,6 +2535,7 @@ DRIFT = ("step = train.sandwich_step\n"
     ("tiny --batch-size 33", ("", ""), "does not divide among 2 processes", {1, 2}),
     ("tiny --lr 1e30", ("", ""), "Try a smaller --lr", {1}),
     ("tiny", ("", OTHERWISE.format(["--label-smoothing", "0.5"])), "--label-smoothing: ", {1, 2}),
+    ("tiny", ("", OTHER_DATA), "--data-dir: ", {1, 2}),
     ("tiny --method slim", ("", DRIFT), "step 2: the processes have different", {1}),
     ("photos", ("", "decode = train.decode; train.decode = lambda path: decode('/dev/null')"), "not a readable image", {1, 2}),
     ("photos", ("", "train.decode = lambda path: os.kill(os.getpid(), signal.SIGKILL)"), "another process has gone", {1, -9}),
@@ -2575,18 +2551,6 @@ def test_a_fault_is_said_once(flags, patches, word, codes, request, tmp_path):
     assert set(seen) <= codes and max(codes, key=abs) in seen and word in err, (seen, err)
     assert err.count("Traceback") == bug and (err.count("\n") == 1 or bug and "train.py: " not in err), err
     assert data == "photos" or not list(tmp_path.rglob("*.pt"))
-
-
-def test_processes_with_different_data_train_nothing(tiny, tmp_path):
-    """Each would hold out what the other trains on; nobody would notice."""
-    write_data("fashion-mnist", tmp_path / "data")
-    for path in tmp_path.rglob("*.gz"):  # unpacked, as process 1 leaves that to process 0
-        content = bytearray(gzip.decompress(path.read_bytes()))
-        content[-1] ^= "train-images" in path.name  # another image than process 0 has
-        path.with_suffix("").write_bytes(content)
-    patch = OTHERWISE.format(["--data-dir", str(tmp_path / "data")])
-    codes, err = ends(two([*tiny, "--out", str(tmp_path / "out")], ("", patch)), 20)
-    assert 0 not in codes and err.count("\n") == 1 and "--data-dir: " in err and not list(tmp_path.rglob("*.pt")), err
 
 
 @pytest.mark.parametrize("env, word", [
@@ -2638,6 +2602,10 @@ def test_no_run_depends_on_its_terminal(patch, tiny, tmp_path):
     ("train.evaluate = lambda *_: fail(RuntimeError(\"can't start new thread\"))", "new thread; the last checkpoint", 2),
     ("train.find_front = lambda *_: fail(TimeoutError(110, 'Connection timed out'))", "timed out", 2),
     ("train.thin = lambda *_: fail(MemoryError())", "needs less", 2),
+    ("signal.signal(signal.SIGHUP, signal.SIG_IGN); loop = train.train; "  # as nohup has it
+     "train.train = lambda run: (os.kill(os.getpid(), signal.SIGHUP), loop(run))", "", 0),
+    ("import concurrent.futures as c; main = train.main; "  # in a thread
+     "train.main = lambda argv: c.ThreadPoolExecutor().submit(main, argv).result()", "", 0),
     ("class Tee:\n    def __init__(self, s): self.write = s.write\nsys.stdout = Tee(sys.stdout)", "", 0),
     ("class Bad:\n    def write(self, t): raise AttributeError('x')\nsys.stdout = Bad()", "", 0),
     ("here = os.path.abspath(train.__file__); import tempfile; os.chdir(d := tempfile.mkdtemp()); loop = train.train; "
@@ -2932,19 +2900,26 @@ def test_files_of_something_else(name, odd, reader, word, copied, tiny, refused)
         refuses("^[^\n]*front.pt: [^\n]*$", models.load, str(copied / name))
 
 
-def test_runs_of_something_else(finished, copied, tiny, refused, monkeypatch):
-    """What decides a run's numbers must be as it was."""
-    before, resume, search = contents(copied), READERS["resume"][1](tiny, copied), READERS["search"][1](tiny, copied)
-    refused("--arch resnet8, this one mbv2; do as it has, or", *resume, "--arch", "mbv2")
-    refused("--amp False, this one True; do as it has, or", *resume, "--amp")  # as one made on a GPU says without
-    refused("--fresh-widths False, this one True; do as it has, or", *resume, "--fresh-widths")
-    refused("'arch': 'mbv2'", *search, "--arch", "mbv2")
+def test_runs_of_something_else(copied, tiny, refused, tmp_path, monkeypatch):
+    """What decides a run's numbers must be as it was; what is exported, within what there is."""
     monkeypatch.chdir("/")
-    for name in ("/x", "x"):  # the same file, however it is called
-        refused("--init None, this one /x; do as it has, or", *resume, "--init", name)
-    assert contents(copied) == before
-    other = nn.Sequential(nn.Conv2d(1, 4, 3))
-    refuses("front.pt: ", models.load, str(finished / "front.pt"), net=other)
+    for reader, word, *more in (
+        ("resume", "--arch resnet8, this one mbv2; do as it has, or", "--arch", "mbv2"),
+        ("resume", "--amp False, this one True; do as it has, or", "--amp"),  # as one made on a GPU says without
+        ("resume", "--fresh-widths False, this one True; do as it has, or", "--fresh-widths"),
+        ("resume", "--init None, this one /x; do as it has, or", "--init", "x"),  # whole, however it is called
+        ("search", "'arch': 'mbv2'", "--arch", "mbv2"), ("search", "nowhere/checkpoint.pt", "--search", "/nowhere"),
+        ("export", "the smallest needs", "--export", "0.01"), ("export", "--export: expected", "--export", "x"),
+        ("export", "/nowhere is not a folder", "--data-dir", "/nowhere"),
+        ("export", "nowhere/checkpoint.pt", "--out", "/nowhere"),
+        ("export", "that run has --arch resnet8", "--arch", "resnet20"),
+        ("export", "that run has --image-size 8", "--image-size", "12"),
+    ):  # fmt: skip
+        before = contents(copied)
+        refused(word, *READERS[reader][1](tiny, copied), *more)
+        assert contents(copied) == before and not list(copied.glob("*.pt2"))
+    refused("needs --out", "--finetune", "2")
+    refuses("front.pt: ", models.load, str(copied / "front.pt"), net=nn.Sequential(nn.Conv2d(1, 4, 3)))
 
 
 def test_divergence_stops_before_the_checkpoint(tiny, refused, tmp_path):
