@@ -1,8 +1,9 @@
 """pytest -q -n 2                     every test, about two minutes on two cores (without pytest-xdist, no -n: four)
 pytest -q -s .ci/test_faults.py    25 kills, dead workers, a full disk; shows what was seen
 
-In the order of README's map from the paper to the code. Each section says what it compares with: nothing of
-this project's, but torchvision's networks, plain networks, dense algebra, finite differences, brute force.
+Helpers that several sections need come first. Then the order is that of README's map from the paper to the code, and after
+it that of its Use: data, networks, the front put to use, runs that are stopped or go wrong. Each section says what it compares
+with: nothing of this project's, but torchvision's networks, plain networks, dense algebra, finite differences, brute force.
 """
 
 import copy
@@ -536,31 +537,6 @@ def test_a_network_that_asks_its_groups_is_extracted_at_any_widths():
     torch.testing.assert_close(net(x), plain(x))
 
 
-@pytest.mark.parametrize("forward, more, what", [
-    (lambda m, x: m.end(m.two(m.wide(torch.cat([m.one(x), m.other(x)], 1)))),
-     {"other": lambda m: models.Conv2d(m.image, models.WidthGroup(8), 3),
-      "wide": lambda m: models.Conv2d(models.WidthGroup(16), m.a, 3)}, "net.wide: reads"),  # a concatenation as one group
-    (lambda m, x: m.end(torch.cat([m.two(m.one(x)), m.two(m.one(x))], 1)[:, :12]), {}, "net.norm: |after net.two"),
-    (lambda m, x: m.end(m.two(m.one(x) + m.other(x))),
-     {"other": lambda m: models.Conv2d(m.image, models.WidthGroup(8), 3)}, "after net.other|net.two: reads"),  # added
-    (lambda m, x: m.out(m.two(m.one(x)).flatten(1)), {}, "net.out: reads"),  # pooling forgotten
-    (lambda m, x: m.out(m.two(m.one(x)).mean((2, 3))), {}, "net.norm: called 0 times"),
-    (lambda m, x: m.end(F.relu(m.norm(m.two(m.one(x))))), {}, "net.norm: called 2 times"),
-    (lambda m, x: m.end(F.linear(m.two(m.one(x)).flatten(2), m.pixels).unflatten(2, (6, 6))),
-     {"pixels": lambda m: nn.Parameter(torch.ones(36, 36))}, "FLOPs"),  # of as many products as there are channels
-    (lambda m, x: m.end(F.group_norm(m.two(m.one(x)), 4)), {}, "after net.two"),  # of 12 channels, but not of 7
-    (None, {"deep": lambda m: models.Conv2d(m.a, m.b, 3, depthwise=True)}, "depthwise"),
-    (None, {"deep": lambda m: models.Conv2d(m.both, m.both, 3, groups=4)}, "by whole parts"),  # one has channels of both
-    (lambda m, x: m.end(m.join(torch.cat([m.other(x), m.one(x)], 1)[:, :, ::2, ::2])),
-     {"other": lambda m: models.Conv2d(m.image, m.fix(4), 3),
-      "join": lambda m: models.Conv2d(models.Concatenation(m.a, m.fix(4)), m.b, 3)}, "net.join: reads something else"),
-    (lambda m, x: m.end(m.join(torch.cat([m.two(m.one(x)), m.one(x)[:, :, ::2, ::2]], 1))),
-     {"join": lambda m: models.Conv2d(models.Concatenation(m.a, m.b), m.b, 3)}, "net.join: reads something else"),
-])  # fmt: skip
-def test_wrong_wiring_is_refused_by_name(forward, more, what):
-    refuses(what, own, forward, **more)
-
-
 @pytest.mark.parametrize("count, channels", [(10, 4), (20, 2)])
 def test_any_two_groups_added_are_refused(count, channels):
     """However narrow: each has its turn to be the wider one."""
@@ -730,14 +706,37 @@ def test_outputs_keep_their_channels():
     agrees(net, theirs, torch.randn(3, 3, 8, 8).double())
 
 
-@pytest.mark.parametrize("middle, what", [
-    (lambda m, x: m.norm(x), "norm: called 2 times"),
-    (lambda m, x: x.view(-1, 8, 4, 16), "after norm"),  # a number of channels, written into the network
-    (lambda m, x: x if x.sum() > 0 else -x, "after norm"),
-    (lambda m, x: x[:, :, :0], "after two"),
+@pytest.mark.parametrize("forward, more, what", [
+    (lambda m, x: m.end(m.two(m.wide(torch.cat([m.one(x), m.other(x)], 1)))),
+     {"other": lambda m: models.Conv2d(m.image, models.WidthGroup(8), 3),
+      "wide": lambda m: models.Conv2d(models.WidthGroup(16), m.a, 3)}, "net.wide: reads"),  # a concatenation as one group
+    (lambda m, x: m.end(torch.cat([m.two(m.one(x)), m.two(m.one(x))], 1)[:, :12]), {}, "net.norm: |after net.two"),
+    (lambda m, x: m.end(m.two(m.one(x) + m.other(x))),
+     {"other": lambda m: models.Conv2d(m.image, models.WidthGroup(8), 3)}, "after net.other|net.two: reads"),  # added
+    (lambda m, x: m.out(m.two(m.one(x)).flatten(1)), {}, "net.out: reads"),  # pooling forgotten
+    (lambda m, x: m.out(m.two(m.one(x)).mean((2, 3))), {}, "net.norm: called 0 times"),
+    (lambda m, x: m.end(F.relu(m.norm(m.two(m.one(x))))), {}, "net.norm: called 2 times"),
+    (lambda m, x: m.end(F.linear(m.two(m.one(x)).flatten(2), m.pixels).unflatten(2, (6, 6))),
+     {"pixels": lambda m: nn.Parameter(torch.ones(36, 36))}, "FLOPs"),  # of as many products as there are channels
+    (lambda m, x: m.end(F.group_norm(m.two(m.one(x)), 4)), {}, "after net.two"),  # of 12 channels, but not of 7
+    (None, {"deep": lambda m: models.Conv2d(m.a, m.b, 3, depthwise=True)}, "depthwise"),
+    (None, {"deep": lambda m: models.Conv2d(m.both, m.both, 3, groups=4)}, "by whole parts"),  # one has channels of both
+    (lambda m, x: m.end(m.join(torch.cat([m.other(x), m.one(x)], 1)[:, :, ::2, ::2])),
+     {"other": lambda m: models.Conv2d(m.image, m.fix(4), 3),
+      "join": lambda m: models.Conv2d(models.Concatenation(m.a, m.fix(4)), m.b, 3)}, "net.join: reads something else"),
+    (lambda m, x: m.end(m.join(torch.cat([m.two(m.one(x)), m.one(x)[:, :, ::2, ::2]], 1))),
+     {"join": lambda m: models.Conv2d(models.Concatenation(m.a, m.b), m.b, 3)}, "net.join: reads something else"),
+    # As they are: networks of `Small`.
+    (lambda m, x: m.norm(x), None, "norm: called 2 times"),
+    (lambda m, x: x.view(-1, 8, 4, 16), None, "after norm"),  # a number of channels, written into the network
+    (lambda m, x: x if x.sum() > 0 else -x, None, "after norm"),
+    (lambda m, x: x[:, :, :0], None, "after two"),
 ])  # fmt: skip
-def test_networks_that_cannot_be_slimmed_as_they_are(middle, what):
-    refuses(what, models.slimmable, Small(middle), (3, 8, 8))
+def test_networks_that_cannot_be_slimmed_are_refused_by_name(forward, more, what):
+    if more is None:
+        refuses(what, models.slimmable, Small(forward), (3, 8, 8))
+    else:
+        refuses(what, own, forward, **more)
 
 
 @pytest.mark.parametrize("arch, size", [("resnet8", 16), ("resnet18", 32), ("mbv2", 32)])
@@ -1882,7 +1881,7 @@ def fill(folder, *names):
         (folder / name).write_bytes(b"no image")
 
 
-def again(folder, *names):
+def link(folder, *names):
     """Links in a folder, by name, to what lies elsewhere."""
     for name, to in names:
         (folder / name).symlink_to(to)
@@ -1897,16 +1896,16 @@ FORMATS = dict(jfif="JPEG", gif="GIF", JPG="JPEG", tif="TIFF", webp="WEBP")
     (lambda t, v: fill(t, "dog/notes.txt", "dog/more.TXT", "dog/clip.mp4", "dog/noname", "README.md"),
      "2 .txt, 1 .mp4, 1 without suffix, 1 outside of class folders", [48, 48]),
     (lambda t, v: [picture().save(t / "cat" / f"x.{suffix}", form) for suffix, form in FORMATS.items()], "", [53, 48]),
-    (lambda t, v: (os.mkfifo(t / "cat" / "pipe.png"), again(t / "dog", ("piped.png", t / "cat" / "pipe.png"))),
+    (lambda t, v: (os.mkfifo(t / "cat" / "pipe.png"), link(t / "dog", ("piped.png", t / "cat" / "pipe.png"))),
      "2 special files", [48, 48]),  # which would wait for a writer
     (lambda t, v: [shutil.copytree(v / "cat", t / name) for name in ("@eaDir", "cat/@eaDir", "lost+found", "dog/__MACOSX")],
      "4 file servers'", [48, 48]),
-    (lambda t, v: again(t, ("cat/again", t / "cat"), ("dog/up", t)), "2 linked once more", [48, 48]),
+    (lambda t, v: link(t, ("cat/again", t / "cat"), ("dog/up", t)), "2 linked once more", [48, 48]),
     (lambda t, v: ((t / "cat" / "0.jpeg").rename(t / "cat" / "z.jpeg"),
-                   again(t, ("cat/aside", t / "dog"), ("cat/0.jpeg", t / "cat" / "z.jpeg"))),
+                   link(t, ("cat/aside", t / "dog"), ("cat/0.jpeg", t / "cat" / "z.jpeg"))),
      "2 linked once more", [48, 48]),  # where its own folder has it, that is its class
     (lambda t, v: os.link(t / "cat" / "0.jpeg", t / "cat" / "more.jpeg"), "1 linked once more", [48, 48]),
-    (lambda t, v: again(t / "cat", *((name, v / "cat") for name in ("one", "two", "three"))),
+    (lambda t, v: link(t / "cat", *((name, v / "cat") for name in ("one", "two", "three"))),
      "2 linked once more, 10 of its 20 images are also in train/", [58, 48]),
     (lambda t, v: [shutil.copy(path, t / path.parent.name / f"copy of {path.name}") for path in v.rglob("*.jpeg")],
      "20 of its 20 images are also in train/", [58, 58]),
