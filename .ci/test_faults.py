@@ -15,8 +15,31 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from test_joslim import (  # noqa: E402, F401
-    SMALL, Forked, await_line, finish, in_session, launch, read_state, same_run, start, stopped, tiny, two, write_data,
+    QUICK, ROOT, Forked, in_session, read_state, same_run, stopped, tiny, two, write_data,
 )  # fmt: skip
+
+
+def launch(processes, *options):
+    many = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *options]
+    return [sys.executable, *(many if processes > 1 else []), "train.py"]
+
+
+def start(command):
+    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **streams)
+
+
+def finish(command):
+    out, err = (run := start(command)).communicate(timeout=600)
+    assert run.returncode == 0, err
+    return out
+
+
+def await_line(run, *starts):
+    for line in run.stdout:
+        if line.startswith(starts):
+            return line
+    raise AssertionError(run.stderr.read())
 
 
 def family(pid):
@@ -54,7 +77,7 @@ def test_the_second_of_two_processes_is_stopped_first_20_times(tiny, tmp_path): 
 
 def test_signals_to_the_group_with_loading_processes_20_times(tmp_path):
     root = write_data("imagenet", tmp_path / "data")
-    flags = [*SMALL, "--data", "imagenet", "--data-dir", str(root), "--arch", "resnet8", "--image-size", "16",
+    flags = [*QUICK, "--data", "imagenet", "--data-dir", str(root), "--arch", "resnet8", "--image-size", "16",
              "--workers", "2", "--log-seconds", "0", "--epochs", "4000"]  # fmt: skip
     pauses = random.Random(0)
     for k in range(20):
