@@ -1619,9 +1619,9 @@ def test_one_folder_of_class_folders(make_data, tmp_path, capsys):
     assert data.about["test_images"] == tested != other.about["test_images"] and len(data.test_set) == 9
     assert len(data.training_set) + len(data.held_out_set) == 98 - 9
     assert train.main([*flags, "--out", str(tmp_path / "run"), "--resume"]) == 0
-    shutil.rmtree(root / "rare")
     more = ["--seed", "1", "--init", str(tmp_path / "run" / "front.pt"), "--out", str(tmp_path / "init")]  # trained on its tests
     assert train.main([*flags, *more]) == 2 and "held out other images, those of --seed 0" in capsys.readouterr().err
+    shutil.rmtree(root / "rare")
     whole = ["--data", "folder", "--data-dir", str(root.parent)]  # train/ and val/
     assert "test_images" not in small_data(*whole, "--image-size", "8").about
     assert train.main(["--data", "folder", "--data-dir", str(root / "cat"), "--out", str(tmp_path / "none")]) == 2
