@@ -739,6 +739,20 @@ def test_networks_that_cannot_be_slimmed_are_refused_by_name(forward, more, what
         refuses(what, own, forward, **more)
 
 
+def test_extracted_batchnorm_goes_on_by_its_own_momentum():
+    """Running statistics after one batch, by the definition."""
+    own = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, momentum=0.3), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    net, x = models.slimmable(own, (3, 8, 8)), torch.randn(16, 3, 8, 8)
+    net.set_widths(0.5)
+    conv, norm, *_ = small = net.extract().train()
+    small(x)
+    assert norm.num_features == 4
+    torch.testing.assert_close(norm.running_mean, 0.3 * conv(x).mean((0, 2, 3)))
+    torch.testing.assert_close(norm.running_var, 0.7 + 0.3 * conv(x).var((0, 2, 3)))
+    wired = models.build("resnet8", 5, 16).extract()
+    assert {m.momentum for m in wired.modules() if isinstance(m, nn.BatchNorm2d)} == {nn.BatchNorm2d(1).momentum}
+
+
 @pytest.mark.parametrize("arch, size", [("resnet8", 16), ("resnet18", 32), ("mbv2", 32)])
 def test_extracted_networks_trace_script_and_export(arch, size):
     net = models.build(arch, 5, size)
