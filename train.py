@@ -57,7 +57,7 @@ fcntl = __import__("fcntl") if os.name == "posix" else None
 # Each entry is a default of the flag of its name; what a recipe leaves out has the default that --help gives. The first network of
 # a data set is its default; any other that is not listed takes the first one's recipe. `lr` is for batches of 256.
 
-# The paper visits 1000 configurations: 200 epochs of 351 steps, two every 140.
+# The paper visits 1000 configurations: 200 epochs of 351 steps, two (--subnets) every 140 (tau).
 CIFAR = dict(
     epochs=200, batch_size=128, lr=0.1, weight_decay=5e-4, tau=140, held_out=5000, eval_images=80, image_size=32,
     augment="shift", flip=True,
@@ -95,11 +95,11 @@ RECIPES = {
 
 
 def train(run: "Run") -> None:
-    """Joslim, the paper's algorithm 2: every tau steps a round proposes widths, each step trains M of them."""
+    """Joslim, the paper's algorithm 2: every tau steps a round proposes widths, each step trains M (--subnets) of them."""
     args, world, data, net, sampler = run.args, run.world, run.data, run.net, run.sampler
     # The same loop is `slim` and `twostage`, whose widths (one for all layers; one for each) are drawn at random for each step.
     tau = args.tau if args.method == "joslim" else 1
-    # M (--subnets) proposals a round, for all its steps; with --fresh-widths M a step, the round's first M joining the history.
+    # A round proposes M, which all its steps train; with --fresh-widths M for each step, of which the first M join the history.
     per_round = args.subnets * (tau if args.fresh_widths else 1)
 
     @Replay  # on a GPU, as a CUDA graph where a round's widths come again: faster, the same numbers
@@ -122,14 +122,14 @@ def train(run: "Run") -> None:
                 with run.searching():  # whose time is counted
                     if sampler.ready:  # once --num-prior are drawn; never for random samplers, which use no losses
                         # 1. Re-evaluate all of the history under today's weights, on images held out from training, of which
-                        # each round takes the next --eval-images, again and again. Processes share the configurations.
+                        # each round takes the next --eval-images, over and over. Each process judges a part of the history.
                         images, labels = data.held_out(run.step // tau)
                         run.observe(world.map(lambda some: evaluate(net, some, images, labels, args.amp), sampler.widths))
                     # 2. Fit a GP to these losses, 3. propose (until ready, draw at random), 4. append the first M proposals to
                     # the history (more would be too many to re-evaluate): joslim.py's `Joslim.sample`, on process 0 for all.
                     run.proposals = world.propose(sampler, per_round, keep=args.subnets)
 
-            # A step. `average_gradients` is its one message between processes: gradients, whose mean all take.
+            # A step. Processes exchange gradients alone, of which all take the mean.
             turns = run.proposals.split(args.subnets)  # one, unless --fresh-widths
             widths = turns[run.step % len(turns)]
             torch.manual_seed(seeded(5, args.seed, run.step, world.rank).initial_seed())  # dropout, where there is any
@@ -196,7 +196,7 @@ def make_optimizer(net: torch.nn.Module, args: argparse.Namespace) -> torch.opti
 def find_front(run: "Run") -> torch.Tensor:
     """The configurations to test (k, d), by rising cost: non-dominated on the whole held-out split, at most --front-size."""
     args, net = run.args, run.net
-    count = 2 if args.method != "slim" else 3 * args.front_size  # the two that every step trains; `slim`'s line
+    count = 2 if args.method != "slim" else 3 * args.front_size  # smallest and full; `slim`'s line
     uniform = torch.linspace(args.lower, 1, count, dtype=torch.float64)[:, None].expand(-1, net.num_widths)
     widths, loss = uniform, judge(run, uniform)
     if args.method != "slim":
@@ -205,7 +205,7 @@ def find_front(run: "Run") -> torch.Tensor:
     cost, ranked = run.cost(widths), loss.clone()
     ranked[cost.argmax()] = -torch.inf  # the full network ends the front, whatever the noise says
     front = thin(pareto_front(ranked, cost), cost, args.front_size)
-    if args.cost == "latency":  # so far by the fit; measured, it must rise as well
+    if args.cost == "latency":  # so far predicted; of those measured, what is no better for more time goes
         times = models.time_networks(net, widths[front], **run.timing).amin(1) if run.world.rank == 0 else None
         times = run.world.from_first(times)
         rising = pareto_front(ranked[front], times)
@@ -219,8 +219,8 @@ FINAL = 128  # configurations that `search` adds, at most, to those of a run's r
 
 def search(run: "Run") -> Joslim:
     """The width search on finished weights, each configuration judged once: the two-stage method's second stage. `joslim` goes
-    on from its history, which was proposed for earlier weights. Both end with as many visits as `joslim`'s rounds (of --tau
-    steps) propose, and as many again or FINAL."""
+    on from its history, which was proposed for earlier weights. Both stop at P + min(P, FINAL) configurations, P those that a
+    `joslim` run's rounds add to its history: M every --tau steps."""
     sampler, proposed = run.joslim_sampler(), run.rounds * run.args.subnets
     visits = proposed + min(proposed, FINAL)
     run.say(f"searching the finished weights: {visits} configurations")
@@ -236,7 +236,7 @@ def search(run: "Run") -> Joslim:
 
 
 def judge(run: "Run", widths: torch.Tensor) -> torch.Tensor:
-    """Losses (n,) on the whole held-out split; the processes share the configurations."""
+    """Losses (n,) on the whole held-out split; each process judges a part of them, all get all losses."""
 
     def losses(some):
         batches = run.data.batches("held-out")
