@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Is there something to find for memory where late layers are far too wide for their maps, and does joslim find it?
 
-    python .github/experiments/kanji_resnet18.py DIR         # the folder that kanji.py made
+    python .github/experiments/kanji_resnet18.py DIR --seeds 0 1 2 3 4     # the folder that kanji.py made
 
-resnet18 on kanji: of 24 x 24 pixels, 1 x 1 are left to its last stage, which holds most of the memory. First networks alone, eight
-epochs, at 13 and 25 % of the memory: uniform ones, and ones whose early half is at full width. Then joslim and slim for memory,
-four epochs, one sub-network a step, seeds 10 and 11. A first look: settings as kanji_resnet8.py has them but for these and the learning
-rate. Some 40 minutes of two cores. Figures go to results/kanji-resnet18/. A queue that was stopped is continued by the same command.
+resnet18 on kanji: of 24 x 24 pixels, 1 x 1 are left to its last stage, which holds most of the memory. Networks alone, eight epochs,
+three seeds: the full one, and at 13 and 25 % of the memory uniform ones and ones whose early half is at full width. And for memory
+joslim, slim and twostage, eight epochs, all weights searched alike; other settings are kanji_resnet8.py's but for one sub-network a step
+and the learning rate. An hour of one thread a seed and another for the networks alone. Runs go to runs/kanji-resnet18/, figures to
+results/kanji-resnet18/, the picture to .github/kanji-resnet18.png. A queue that was stopped is continued by the same command.
 """
 
 import argparse
@@ -46,22 +47,27 @@ def list_alone(data_dir):
     thinnest = torch.tensor([1.0] * half + [LOWER] * half).double()  # the late half's, at the least width
     share = (net.memory(thinnest) / full).item()
     drawn = {"13%-early": thinnest, "13%-uniform": at([0.35] * 2 * half, share),
-             "25%-early": at([2.0] * half + [0.4] * half, 0.25), "25%-uniform": at([0.5] * 2 * half, 0.25)}  # fmt: skip
-    return [(name, ["--widths", " ".join(f"{w:.6g}" for w in a.tolist()), *settings(arch="resnet18", lr=0.4),
-                    "--data-dir", data_dir, "--seed", 0]) for name, a in drawn.items()]  # fmt: skip
+             "25%-early": at([2.0] * half + [0.4] * half, 0.25), "25%-uniform": at([0.5] * 2 * half, 0.25),
+             "100%": torch.ones(2 * half)}  # fmt: skip
+    return [(f"{name}-{seed}", ["--widths", " ".join(f"{w:.6g}" for w in a.tolist()), *settings(arch="resnet18", lr=0.4),
+                                "--data-dir", data_dir, "--seed", seed])
+            for seed in range(3) for name, a in drawn.items()]  # fmt: skip
 
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("data_dir", type=Path, metavar="DIR")
-    folder = p.parse_args().data_dir.resolve()
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    args = p.parse_args()
+    folder = args.data_dir.resolve()
+    shared = [*settings(arch="resnet18", lr=0.4, subnets=1), "--data-dir", folder]
+    jobs = runs.list_methods(ROOT, shared, args.seeds, ["memory"])
+    runs.queue(jobs, ROOT)
     alone = list_alone(folder)
     runs.queue(alone, ROOT, script=".github/experiments/alone.py")
     for name, _ in alone:
         (KEPT / name).mkdir(parents=True, exist_ok=True)
         for file in ("front.csv", "settings.json"):
             shutil.copyfile(ROOT / name / file, KEPT / name / file)
-    shared = [*settings(arch="resnet18", lr=0.4, epochs=4, subnets=1), "--data-dir", folder, "--cost", "memory"]
-    jobs = [(f"{method}-{seed}", [*shared, "--seed", seed, "--method", method]) for seed in (10, 11) for method in ("joslim", "slim")]
-    runs.queue(jobs, ROOT)
-    compare.compare(runs.keep(ROOT, [name for name, _ in jobs], "kanji-resnet18"), Path("runs", "kanji-resnet18.png"))
+    kept = runs.keep(ROOT, [name for name, *_ in jobs], "kanji-resnet18")
+    compare.compare([*kept, *(KEPT / name for name, _ in alone)], Path(".github", "kanji-resnet18.png"))

@@ -3,10 +3,11 @@
 
     python .github/experiments/synthetic.py [--keep]
 
-resnet8 on images made in code, seeds from 20 on, on which nothing was chosen: `joslim`, `twostage` and `slim` with the settings that
-`python train.py` has (five seeds), and with three times its epochs (two); the finished weights of `slim` and `joslim` are searched from
-nothing, too, as `twostage`'s are. Two runs at a time, some hour and a half. Runs and tables go to runs/synthetic/, with --keep figures to
-results/synthetic/ and pictures to .github/ too. A queue that was stopped is continued by the same command.
+resnet8 on images made in code, seeds 20 to 24, on which nothing was chosen: `joslim`, `twostage` and `slim` with the settings that
+`python train.py` has, and with three times its epochs; the finished weights of `slim` and `joslim` are searched from nothing, too, as
+`twostage`'s are. Then the weights of the shorter runs, all from nothing and with some four times the visits. Two runs at a time, some two
+hours. Runs and tables go to runs/synthetic/, with --keep figures to results/synthetic/ and pictures to .github/ too. A queue that was
+stopped is continued by the same command.
 """
 
 import argparse
@@ -15,17 +16,21 @@ from pathlib import Path
 import compare
 import runs
 
-ROOT, SEEDS = Path("runs", "synthetic"), {8: range(20, 25), 24: range(20, 22)}  # by epochs
+ROOT, SEEDS, EPOCHS = Path("runs", "synthetic"), range(20, 25), (8, 24)
+LONGER = 12  # steps a round, for as many visits as a run of that many has: the default is 48
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--keep", action="store_true", help="write into the project's tracked results")
     keep = p.parse_args().keep
-    jobs = {epochs: runs.list_methods(ROOT / f"{epochs}", ["--epochs", epochs], seeds, ["flops"]) for epochs, seeds in SEEDS.items()}
-    for epochs, listed in jobs.items():
-        runs.queue(listed, ROOT / f"{epochs}")
-    for epochs, listed in jobs.items():
-        names, folder = [name for name, *_ in listed], ROOT / f"{epochs}"
-        kept = runs.keep(folder, names, f"synthetic/{epochs}") if keep else [folder / name for name in names]
-        print(f"\n{epochs} epochs")
-        compare.compare(kept, Path(".github", f"synthetic-{epochs}.png") if keep else ROOT / f"{epochs}.png", markdown=keep)
+    jobs = {f"{epochs}": runs.list_methods(ROOT / f"{epochs}", ["--epochs", epochs], SEEDS, ["flops"]) for epochs in EPOCHS}
+    weights = [f"{method}-{seed}" for seed in SEEDS for method in ("joslim-flops", "twostage-flops", "slim")]
+    jobs["8-longer"] = [(name, ["--search", ROOT / "8" / name, "--tau", LONGER]) for name in weights]
+    for folder, listed in jobs.items():
+        runs.queue(listed, ROOT / folder)
+    for folder, listed in jobs.items():
+        names = [name for name, *_ in listed]
+        kept = runs.keep(ROOT / folder, names, f"synthetic/{folder}") if keep else [ROOT / folder / name for name in names]
+        print(f"\n{folder} epochs")
+        drawn = keep and folder != "8-longer"
+        compare.compare(kept, Path(".github", f"synthetic-{folder}.png") if drawn else ROOT / f"{folder}.png", markdown=keep)

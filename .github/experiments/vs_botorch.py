@@ -4,6 +4,7 @@
     pip install botorch
     python .github/experiments/vs_botorch.py                     # both questions; BoTorch takes minutes
     python .github/experiments/vs_botorch.py --past 50 --proposals 0
+    python .github/experiments/vs_botorch.py --past --seeds 3    # fronts only
 
 Widths and FLOPs are those of mbv2 at 224 x 224 (24 widths); the loss is a known function to which
 some widths matter much more than others, observed with noise of standard deviation 0.01. Both see
@@ -100,6 +101,7 @@ def published(a, y, target):
 
 
 def compare_times(past):
+    torch.manual_seed(0)  # of BoTorch's starts
     print(" past     this   BoTorch   seconds per proposal: median of 3 rounds of 2; mean of 2")
     for n in past:
         a = LOWER + (1 - LOWER) * rand(n, d)
@@ -119,37 +121,41 @@ def compare_times(past):
         print(f"{n:5} {ours:8.3f} {theirs:9.2f}   {theirs / ours:.0f} times", flush=True)
 
 
-def compare_fronts(proposals):
+def compare_fronts(proposals, seeds):
     ends = torch.tensor([[LOWER], [1.0]], dtype=torch.float64).expand(-1, d)
     smallest = cost(ends[0]).item()
 
-    def tell(name, a):
+    def tell(name, seed, a):
         a = torch.cat([ends, a])  # every front has them
-        print(f"{name:8} {front_area(loss(a), cost(a)) / (1 - smallest):.4f}", flush=True)
+        print(f"seed {seed}: {name:8} {front_area(loss(a), cost(a)) / (1 - smallest):.4f}", flush=True)
 
     print(f"mean over budgets of the best true loss within each; {PRIOR} uniform widths, {proposals} proposals")
-    sampler = Joslim(d, cost, LOWER, PRIOR)
-    a = sampler.sample(PRIOR)
-    while len(sampler.widths) <= PRIOR + proposals:  # the full network has joined
-        sampler.observe(observed(sampler.widths))
-        sampler.sample(2)
-    tell("this", sampler.widths)
-    tell("random", LOWER + (1 - LOWER) * rand(PRIOR + proposals, d))
-    tell("uniform", torch.linspace(LOWER, 1, PRIOR + proposals, dtype=torch.float64)[:, None].expand(-1, d))
-    a = torch.cat([a, ends[1:]])
-    for _ in range(proposals):
-        a = torch.cat([a, published(a, observed(a), smallest + (1 - smallest) * rand().item())[None]])
-    tell("BoTorch", a)
+    tell("uniform", "any", torch.linspace(LOWER, 1, PRIOR + proposals, dtype=torch.float64)[:, None].expand(-1, d))
+    for seed in range(seeds):
+        generator.manual_seed(seed)  # of the noise
+        torch.manual_seed(seed)  # of BoTorch's starts
+        sampler = Joslim(d, cost, LOWER, PRIOR, seed=seed)
+        a = sampler.sample(PRIOR)
+        while len(sampler.widths) <= PRIOR + proposals:  # the full network has joined
+            sampler.observe(observed(sampler.widths))
+            sampler.sample(2)
+        tell("this", seed, sampler.widths)
+        tell("random", seed, LOWER + (1 - LOWER) * rand(PRIOR + proposals, d))
+        a = torch.cat([a, ends[1:]])
+        for _ in range(proposals):
+            a = torch.cat([a, published(a, observed(a), smallest + (1 - smallest) * rand().item())[None]])
+        tell("BoTorch", seed, a)
 
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--past", type=int, nargs="+", default=[50, 200, 500], metavar="N", help="(default: %(default)s)")
+    p.add_argument("--past", type=int, nargs="*", default=[50, 200, 500], metavar="N", help="(default: %(default)s)")
     p.add_argument("--proposals", type=int, default=60, help="for the fronts; 0 for none (default: %(default)s)")
+    p.add_argument("--seeds", type=int, default=3, help="for the fronts (default: %(default)s)")
     args = p.parse_args()
-    torch.manual_seed(0)  # of BoTorch's starts
     versions = f"torch {torch.__version__}, BoTorch {botorch.__version__}"
     print(f"mbv2, {d} widths; {versions}, {torch.get_num_threads()} threads")
-    compare_times(args.past)
+    if args.past:
+        compare_times(args.past)
     if args.proposals:
-        compare_fronts(args.proposals)
+        compare_fronts(args.proposals, args.seeds)
