@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 PICTURE = Path("runs", "compare.png")
-BANDS = (0.07, 0.15), (0.15, 0.3), (0.3, 0.6), (0.6, 1.0)
+BANDS = (0.02, 0.07), (0.07, 0.15), (0.15, 0.3), (0.3, 0.6), (0.6, 1.0)
 COLUMNS = ["test loss", "top-1", "top-1, even costs", *(f"{100 * a:.0f} to {b:.0%}" for a, b in BANDS)]
 # Student's t for a two-sided 95 % interval, by the number of seeds less one.
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -68,7 +68,8 @@ def score(front, cost, low):
     """COLUMNS of one run. low: the least budget."""
     loss, top1 = within(front, cost, np.geomspace(low, 1, 200)).mean(1)
     even = within(front, cost, np.linspace(low, 1, 200))[1].mean()
-    bands = [within(front, cost, np.geomspace(max(a, low), b, 50))[1].mean() if low < b else np.nan for a, b in BANDS]
+    # A band must be there for the most part: half of it, in the logarithm.
+    bands = [within(front, cost, np.geomspace(max(a, low), b, 50))[1].mean() if low**2 < a * b else np.nan for a, b in BANDS]
     return np.array([loss, top1, even, *bands])
 
 
@@ -121,7 +122,9 @@ def leads_as_text(leads):
 
 
 def show(rows, markdown):
-    """Prints rows of texts, the heads first, as an aligned or a markdown table; nothing if there are heads only."""
+    """Prints rows of texts, the heads first, as an aligned or a markdown table, without columns that say nothing; nothing if there are
+    heads only."""
+    rows = list(zip(*(column for column in zip(*rows) if set(column[1:]) != {"-"})))
     if len(rows) > 1 and markdown:
         rule = ["---", *["---:"] * (len(rows[0]) - 1)]
         print("", *("| " + " | ".join(row) + " |" for row in (rows[0], rule, *rows[1:])), sep="\n")
@@ -131,8 +134,8 @@ def show(rows, markdown):
 
 
 def tabulate(cost, low, kinds, alone, markdown=False):
-    print(f"\n{cost}: means over budgets from {low:.1%} to 100%, evenly spaced in the logarithm, and over {len(BANDS)} bands "
-          f"of them; mean ± standard deviation over seeds")  # fmt: skip
+    print(f"\n{cost}: means over budgets from {low:.1%} to 100%, evenly spaced in the logarithm, and over bands of them; "
+          f"mean ± standard deviation over seeds")  # fmt: skip
     scores = {name: {seed: score(front, cost, low) for seed, front in kinds[name].items()} for name in kinds}
     rows = [["", *COLUMNS, "seeds", "minutes, of search"]]
     for name, by_seed in scores.items():
@@ -223,7 +226,8 @@ def draw(shown, picture, log=None):
 
 
 def compare(folders, picture=PICTURE, log=None, markdown=False):
-    """Prints the tables of these run folders and draws their fronts. Raises ValueError for what cannot be compared."""
+    """Prints the tables of these run folders and draws their fronts, unless `picture` is None. Raises ValueError for what cannot be
+    compared."""
     runs = [read_run(Path(folder)) for folder in folders]
     shown = list(panels(runs))
     for key in sorted(set().union(*(s for s, _ in runs)) - TOLD):
@@ -231,6 +235,8 @@ def compare(folders, picture=PICTURE, log=None, markdown=False):
             print(f"{key} differs: " + ", ".join(sorted({f"{kind(s)} {s[key]}" for s, _ in runs if key in s})))
     for panel in shown:
         tabulate(*panel, markdown)
+    if picture is None:
+        return
     try:
         draw(shown, picture, log)
         print(f"\n{picture}: fronts are means over seeds, bands their range; leads have their 95 % interval")

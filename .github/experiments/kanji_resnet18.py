@@ -70,4 +70,6 @@ if __name__ == "__main__":
         for file in ("front.csv", "settings.json"):
             shutil.copyfile(ROOT / name / file, KEPT / name / file)
     kept = runs.keep(ROOT, [name for name, *_ in jobs], "kanji-resnet18")
-    compare.compare([*kept, *(KEPT / name for name, _ in alone)], Path(".github", "kanji-resnet18.png"))
+    compare.compare([*kept, *(KEPT / name for name, _ in alone)], Path(".github", "kanji-resnet18.png"), markdown=True)
+    print("\nAll weights searched from nothing")
+    compare.compare(runs.searched_from_nothing(kept), None, markdown=True)

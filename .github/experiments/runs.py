@@ -1,4 +1,5 @@
-"""For the experiments of this folder: `list_methods` lists, `queue` makes runs of train.py, `keep` keeps their figures in results/."""
+"""For the experiments of this folder: `list_methods` lists, `queue` makes runs of train.py, `keep` keeps their figures in results/,
+`searched_from_nothing` is the fair comparison of what was trained."""
 
 import json
 import os
@@ -31,6 +32,11 @@ def list_methods(root, settings, seeds, costs=("flops", "memory")):
         joslims = {cost: f"joslim-{cost}-{seed}" for cost in costs}
         jobs += [(f"joslimsearched-{cost}-{seed}", ["--search", root / name], [name]) for cost, name in joslims.items()]
     return jobs
+
+
+def searched_from_nothing(folders):
+    """Of the folders that `list_methods` named, those whose weights were searched from nothing, `joslim`'s first."""
+    return [f for kind in ("joslimsearched", "twostage", "slimsearched") for f in folders if f.name.startswith(f"{kind}-")]
 
 
 def queue(jobs, root, at_once=2, script="train.py"):
