@@ -4,8 +4,8 @@
     python .github/experiments/init.py DATA_DIR --seeds 0 1 2     # DATA_DIR holds FashionMNIST/raw/
 
 MobileNetV2 is trained plainly on half of Fashion-MNIST for an epoch (its sub-networks are itself, and what they would learn
-they know). Then `slim` trains for an epoch from fresh weights, from the plain ones, and from the plain ones with each group's
-channels sorted (`--init`): equal steps, the same data, the same draws. One thread each, some minutes a run; runs go to
+they know). Then `slim` trains for an epoch on the same half from the plain weights, and from the plain ones with each group's
+channels sorted (`--init`): equal steps, the same draws; and from fresh ones, an epoch less. One thread each, some minutes a run; runs go to
 runs/init/, their figures to results/init/. A queue that was stopped is continued by the same command.
 """
 
@@ -50,11 +50,12 @@ if __name__ == "__main__":
     args = p.parse_args()
     ROOT.mkdir(parents=True, exist_ok=True)
     data, small = args.data_dir.resolve(), ["--lower", 0.25]
-    run("plain", data, "--lower", 1, "--seed", 10)
-    init = [*small, "--init", ROOT / "plain" / "front.pt"]
+    for seed in args.seeds:  # the seed decides which half
+        run(f"plain-{seed}", data, "--lower", 1, "--seed", seed)
     with ThreadPoolExecutor(args.at_once) as pool:
         jobs = []
         for seed in args.seeds:
+            init = [*small, "--init", ROOT / f"plain-{seed}" / "front.pt"]
             jobs.append(pool.submit(run, f"fresh-{seed}", data, *small, "--seed", seed))
             jobs.append(pool.submit(run, f"sorted-{seed}", data, *init, "--seed", seed))
             jobs.append(pool.submit(run, f"unsorted-{seed}", data, *init, "--seed", seed, code=UNSORTED))

@@ -25,7 +25,7 @@ def rand(*shape):
     return torch.rand(shape, generator=generator, dtype=torch.float64)
 
 
-importance = rand(DIM) ** 3
+importance = rand(DIM) ** 3  # the same for all seeds
 importance /= importance.sum()
 
 
@@ -66,11 +66,15 @@ def propose(x, y, hyper=None):
 def main():
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {DIM} inputs")
-    x, hyper = rand(20, DIM), None
-    while len(x) < 100:
-        new, hyper = propose(x, observed(x), hyper)
-        x = torch.cat([x, new])
-    print(f"area under the front after {len(x)} points: this {area(x):.4f}, random search {area(rand(100, DIM)):.4f}")
+    equal = torch.linspace(0, 1, 100, dtype=torch.float64)[:, None].expand(-1, DIM)
+    print(f"area under the front after 100 points: all inputs equal {area(equal):.4f}")
+    for seed in range(3):
+        generator.manual_seed(seed)
+        x, hyper = rand(20, DIM), None
+        while len(x) < 100:
+            new, hyper = propose(x, observed(x), hyper)
+            x = torch.cat([x, new])
+        print(f"seed {seed}: this {area(x):.4f}, random search {area(rand(100, DIM)):.4f}")
 
     for n in (50, 200, 1000):
         x, seconds = rand(n, DIM), []
