@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 
-import compare
 import kanji_resnet8
 import runs
 
@@ -70,6 +69,4 @@ if __name__ == "__main__":
         for file in ("front.csv", "settings.json"):
             shutil.copyfile(ROOT / name / file, KEPT / name / file)
     kept = runs.keep(ROOT, [name for name, *_ in jobs], "kanji-resnet18")
-    compare.compare([*kept, *(KEPT / name for name, _ in alone)], Path(".github", "kanji-resnet18.png"), markdown=True)
-    print("\nAll weights searched from nothing")
-    compare.compare(runs.searched_from_nothing(kept), None, markdown=True)
+    runs.compare_methods([*kept, *(KEPT / name for name, _ in alone)], Path(".github", "kanji-resnet18.png"))

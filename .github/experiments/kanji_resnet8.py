@@ -14,7 +14,6 @@ weights. Settings were chosen on seed 10.
 import argparse
 from pathlib import Path
 
-import compare
 import runs
 
 ROOT = Path("runs", "kanji")
@@ -31,6 +30,4 @@ if __name__ == "__main__":
     jobs = runs.list_methods(ROOT, [*SETTINGS, "--data-dir", args.data_dir.resolve()], args.seeds)
     runs.queue(jobs, ROOT)
     kept = runs.keep(ROOT, [name for name, *_ in jobs], "kanji")
-    compare.compare(kept, Path(".github", "kanji.png"), markdown=True)
-    print("\nAll weights searched from nothing")
-    compare.compare(runs.searched_from_nothing(kept), None, markdown=True)
+    runs.compare_methods(kept, Path(".github", "kanji.png"))

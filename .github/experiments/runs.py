@@ -1,5 +1,5 @@
 """For the experiments of this folder: `list_methods` lists, `queue` makes runs of train.py, `keep` keeps their figures in results/,
-`searched_from_nothing` is the fair comparison of what was trained."""
+`compare_methods` prints tables."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
-from compare import last_event
+from compare import compare, last_event
 
 PROJECT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -34,9 +34,12 @@ def list_methods(root, settings, seeds, costs=("flops", "memory")):
     return jobs
 
 
-def searched_from_nothing(folders):
-    """Of the folders that `list_methods` named, those whose weights were searched from nothing, `joslim`'s first."""
-    return [f for kind in ("joslimsearched", "twostage", "slimsearched") for f in folders if f.name.startswith(f"{kind}-")]
+def compare_methods(folders, picture, markdown=True):
+    """Tables and picture of the folders that `list_methods` named, as run; then, what was trained: all weights searched from nothing."""
+    compare([f for f in folders if not f.name.startswith("joslimsearched-")], picture, markdown=markdown)
+    print("\nall weights searched from nothing")
+    kinds = ("joslimsearched", "twostage", "slimsearched")
+    compare([f for kind in kinds for f in folders if f.name.startswith(f"{kind}-")], None, markdown=markdown)
 
 
 def queue(jobs, root, at_once=2, script="train.py"):

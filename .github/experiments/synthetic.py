@@ -31,9 +31,8 @@ if __name__ == "__main__":
     for folder, listed in jobs.items():
         names = [name for name, *_ in listed]
         kept = runs.keep(ROOT / folder, names, f"synthetic/{folder}") if keep else [ROOT / folder / name for name in names]
-        if folder != "8-longer":
-            print(f"\n{folder} epochs")
-            compare.compare(kept, Path(".github", f"synthetic-{folder}.png") if keep else ROOT / f"{folder}.png", markdown=keep)
-            kept = runs.searched_from_nothing(kept)
-        print(f"\n{folder} epochs, all weights searched from nothing")
-        compare.compare(kept, None, markdown=keep)
+        print(f"\n{folder} epochs")
+        if folder == "8-longer":
+            compare.compare(kept, None, markdown=keep)
+        else:
+            runs.compare_methods(kept, Path(".github", f"synthetic-{folder}.png") if keep else ROOT / f"{folder}.png", markdown=keep)

@@ -42,11 +42,12 @@ def draw(folders, picture):
         for k, name in enumerate(names):
             axes.plot(100 * budgets, mean[:, k], color=colormaps["viridis"](k / len(names)), label=name)
         ticks = [t for t in (2, 3, 5, 7, 10, 20, 30, 50, 70, 100) if t >= 100 * budgets[0]]
-        axes.set(xscale="log", xlabel=f"{cost} (% of the full network)", ylabel="width", title=f"mean of {len(runs)} runs")
+        axes.set(xscale="log", xlabel=f"{compare.WRITTEN.get(cost, cost)} (% of the full network)", ylabel="width",
+                 title=f"mean of {len(runs)} runs")  # fmt: skip
         axes.set_xticks(ticks, map(str, ticks))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", title="layers, early to late")
     figure.savefig(picture, dpi=150)
 
 
