@@ -123,6 +123,7 @@ def train(run: "Run") -> None:
                     if sampler.ready:  # once --num-prior are drawn; never for random samplers, which use no losses
                         # 1. Re-evaluate all of the history under today's weights, on images held out from training, of which
                         # each round takes the next --eval-images, over and over. Each process judges a part of the history.
+                        # BatchNorm takes the statistics of these images.
                         images, labels = data.held_out(run.step // tau)
                         run.observe(world.map(lambda some: evaluate(net, some, images, labels, args.amp), sampler.widths))
                     # 2. Fit a GP to these losses, 3. propose (until ready, draw at random), 4. append the first M proposals to
