@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""The authors' own code beside ours, on the default run's images: how good is its front, and how long does it take?
+"""The authors' own code beside ours, on the default run's images or on kanji: how good is its front, and how long does it take?
 
     git clone https://github.com/cmu-enyac/Joslim AUTHORS && git -C AUTHORS checkout 9b743d9
     pip install botorch
-    python .github/experiments/vs_authors.py AUTHORS SEED [--tau 48]
+    python .github/experiments/vs_authors.py AUTHORS SEED [--kanji DIR]     # the folder that kanji.py made
 
 Their joslim.py, one thread, on a CPU: our images and batches through their loader's interface, a resnet8 of their layers with the 3 x 3
-stem of the paper, our learning rate, epochs and number of rounds. Patched by text, and each patch must find its place: devices, the
+stem of the paper, our learning rate, epochs, rounds and sub-networks of a step, no fresh widths. Patched by text, and each patch must find its place: devices, the
 image size, the number of classes, botorch's new name for a fit. Its history is judged, its front chosen, calibrated and tested as
-train.py does with a history, without a search of the finished weights. Some twenty minutes a seed. Caveats: some 40 configurations, where
-the paper has 1000; smallest width 0.125; a recipe that was made for our code. Figures go to results/vs-authors/.
+train.py does with a history, without a search of the finished weights. Some ten minutes a seed, on kanji an hour. Caveats: 43 or 106
+configurations, where the paper has 1000; the smallest widths; recipes that were made for our code. Figures go to results/vs-authors/.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import csv
 import json
 import os
 import sys
+import tempfile
 import time
 import types
 import warnings
@@ -27,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import kanji_resnet8
 import runs
 
 sys.path.insert(0, str(runs.PROJECT))
@@ -37,8 +39,8 @@ PATCHES = [
     ("from botorch.fit import fit_gpytorch_model", "from botorch.fit import fit_gpytorch_mll as fit_gpytorch_model"),
     (".cuda(self.device)", ".to(self.device)"),
     ("torch.cuda.current_device()", "'cpu'"),
-    ("num_classes = 100\n", "num_classes = 60\n"),
-    ("self.img_size = 32", "self.img_size = 16"),
+    ("num_classes = 100\n", "num_classes = OUR_CLASSES\n"),
+    ("self.img_size = 32", "self.img_size = OUR_SIZE"),
     ('"--warmup", type=int', '"--warmup", type=float'),
     ("parameterization, weights = self.sample_arch(", "parameterization, weights = timed(self.sample_arch, "),
     ("start = time.time()\n    joslim.train(args)", "start = time.time()\n    found.append(joslim)\n    joslim.train(args)"),
@@ -95,7 +97,7 @@ def run_theirs(folder, args, data, seconds):
             self.conv.set_out_ch(count)
             self.norm.set_out_ch(count)
 
-    def slim_resnet8(num_classes=60):
+    def slim_resnet8(num_classes):
         net = slim_resnet.SlimResNet(SlimBasicBlock, [1, 1, 1], num_classes=num_classes)
         net.features[0] = Stem(3, 16)
         net._initialize_weights()
@@ -123,7 +125,9 @@ def run_theirs(folder, args, data, seconds):
                  num_sampled_arch=args.subnets, baseline=-3, print_freq=256, prior_points=args.num_prior, scheduler="linear_decay",
                  seed=args.seed)  # fmt: skip
     sys.argv = ["joslim.py", *(str(part) for name, value in flags.items() for part in (f"--{name}", value))]
-    exec(compile(source, "joslim.py of the authors", "exec"), {"__name__": "__main__", "timed": timed, "found": found})
+    exec(compile(source, "joslim.py of the authors", "exec"), {"__name__": "__main__", "timed": timed, "found": found,
+                                                                   "OUR_CLASSES": len(data.about["classes"]),
+                                                                   "OUR_SIZE": args.image_size})  # fmt: skip
     return found[0]
 
 
@@ -153,27 +157,26 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("authors", type=Path)
     p.add_argument("seed", type=int)
-    p.add_argument("--tau", type=int, default=48)
+    p.add_argument("--kanji", type=Path, metavar="DIR", help="with kanji_resnet8.py's settings")
     own = p.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    args = train.parse_args(["--seed", str(own.seed), "--tau", str(own.tau), "--device", "cpu"])
-    data, seconds, out = train.Data(args, train.World().meet("cpu")), [], runs.RESULTS / "vs-authors" / f"authors-{own.seed}"
-    out.mkdir(parents=True, exist_ok=True)
-    scratch = Path("runs", "vs-authors", str(own.seed))
-    scratch.mkdir(parents=True, exist_ok=True)
-    folder = own.authors.resolve()
-    os.chdir(scratch)  # their code leaves files
+    kanji = [*kanji_resnet8.SETTINGS, "--data-dir", str(own.kanji.resolve())] if own.kanji else []
+    args = train.parse_args([*kanji, "--seed", str(own.seed), "--device", "cpu"])
+    out = runs.RESULTS / "vs-authors" / f"authors-{'kanji-' if kanji else ''}{own.seed}"
+    data, seconds, folder = train.Data(args, train.World().meet("cpu")), [], own.authors.resolve()
+    os.chdir(tempfile.mkdtemp())  # their code leaves files, and would go on from what it finds
     start = time.perf_counter()
     theirs = run_theirs(folder, args, data, seconds)
     total = time.perf_counter() - start
     rows = test_theirs(theirs, args, data)
+    out.mkdir(parents=True, exist_ok=True)
     with open(out / "front.csv", "w", newline="") as f:
         table = csv.writer(f, lineterminator="\n")
         table.writerow(("flops", "loss", "top1", "widths"))
         table.writerows(rows)
-    settings = dict(method="authors", cost="flops", seed=own.seed, data="synthetic", arch="resnet8", image_size=16, tau=own.tau,
-                    seconds=total, search_share=sum(seconds) / total, configurations=len(theirs.X), proposals=len(seconds))  # fmt: skip
+    settings = dict(method="authors", cost="flops", seed=own.seed, data=args.data, arch="resnet8", image_size=args.image_size, tau=args.tau,
+                    epochs=args.epochs, digest=data.about["digest"], torch=torch.__version__, seconds=total, search_share=sum(seconds) / total, configurations=len(theirs.X), proposals=len(seconds))  # fmt: skip
     (out / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
     print(f"{total / 60:.1f} minutes, {sum(seconds) / total:.0%} of them proposals of {np.mean(seconds):.1f} s; see {out}/")
 
