@@ -1562,7 +1562,7 @@ def test_finished_weights_are_searched(tiny, refused, tmp_path, monkeypatch):
         before, again = (tmp_path / mine / "front.csv").read_bytes(), ["--out", tmp_path / mine, "--resume"]
         refused("holds other weights than those", "--search", tmp_path / source, "--cost", cost, *again)
         assert (tmp_path / mine / "front.csv").read_bytes() == before
-    for word, *more in (("those of --seed 0 --held-out 16", "--seed", "1"), ("not slim", "--method", "slim")):
+    for word, *more in (("has --seed 0", "--seed", "1"), ("not slim", "--method", "slim")):
         refused(word, *flags, *more, "--out", tmp_path / "x")  # or its held-out images were trained on
 
 
@@ -2140,7 +2140,7 @@ def test_networks_that_cannot_be_trained_as_they_are(arch, size, word, tiny, own
 
 def test_a_network_of_ones_own_on_two_processes(tiny, own_py, tmp_path):
     """What has no gradient; buffers that each process would fill from its own images: front.csv is what front.pt gives."""
-    flags = [*tiny, "--arch", f"{own_py}:frozen", "--epochs", "6", "--out", str(tmp_path / "out")]
+    flags = [*tiny, "--arch", f"{own_py.rename(tmp_path / 'own')}:frozen", "--epochs", "6", "--out", str(tmp_path / "out")]
     assert ends(two(flags)) == ((0, 0), "")
     net = models.load(str(tmp_path / "out" / "front.pt"), net=own_network("frozen"))
     ((x, y),) = small_data(*tiny).batches("test")
@@ -2812,9 +2812,8 @@ def test_a_run_knows_its_data(kind, change, make_data, refused, tmp_path):
         path.unlink()  # unpacked
     change(tmp_path / kind)
     before = contents(tmp_path / "run")
-    word = "'num_classes': 3" if (tmp_path / kind / "train" / "cow").exists() else "had other images than"
     for again in (run, [*flags, "--search", tmp_path / "run", "--out", tmp_path / "new"]):
-        refused(word, *again)
+        refused("had other images than", *again)
     assert contents(tmp_path / "run") == before
 
 
@@ -2913,7 +2912,9 @@ def test_runs_of_something_else(copied, tiny, refused, tmp_path, monkeypatch):
         ("resume", "--amp False, this one True; do as it has, or", "--amp"),  # as one made on a GPU says without
         ("resume", "--fresh-widths False, this one True; do as it has, or", "--fresh-widths"),
         ("resume", "--init None, this one /x; do as it has, or", "--init", "x"),  # whole, however it is called
-        ("search", "'arch': 'mbv2'", "--arch", "mbv2"), ("search", "nowhere/checkpoint.pt", "--search", "/nowhere"),
+        ("search", "that run has --arch resnet8", "--arch", "mbv2"), ("search", "has --init None", "--init", "x"),
+        ("search", "that run has --epochs 4", "--epochs", "5"), ("search", "nowhere/checkpoint.pt", "--search", "/nowhere"),
+        ("search", "and no --search", "--export", "0.5"),
         ("export", "the smallest needs", "--export", "0.01"), ("export", "--export: expected", "--export", "x"),
         ("export", "/nowhere is not a folder", "--data-dir", "/nowhere"),
         ("export", "nowhere/checkpoint.pt", "--out", "/nowhere"),

@@ -14,7 +14,6 @@ import csv
 import errno
 import functools
 import hashlib
-import importlib.util
 import io
 import itertools
 import json
@@ -29,6 +28,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import warnings
 import weakref
 from collections import Counter
@@ -175,10 +175,10 @@ def from_file(how: dict) -> torch.nn.Module:
     """What FUNCTION of FILE.py returns for so many classes."""
     path, function = how["arch"].rsplit(":", 1)
     try:
-        spec = importlib.util.spec_from_file_location("the_file_of_arch", path)
-        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        module = sys.modules["the_file_of_arch"] = types.ModuleType("the_file_of_arch")
+        module.__file__ = path
         sys.path.append(os.path.dirname(path))  # what it imports may lie beside it
-        spec.loader.exec_module(module)
+        exec(compile(Path(path).read_bytes(), path, "exec"), vars(module))
         return getattr(module, function)(how["num_classes"])
     except (Exception, SystemExit) as e:  # theirs, of any kind
         raise UserError(f"--arch {how['arch']}: {name_of(e)}") from None
@@ -418,6 +418,9 @@ FOLDERS = "folder", "imagenet"
 # Flags that may change between a run and its continuation: they decide where and how fast, not what.
 FREE = {"out", "resume", "search", "device", "data_dir", "workers", "save_minutes", "log_seconds", "download", "export",
         "finetune"}  # fmt: skip
+# Those that --search uses; all else is as the run had it that trained the weights.
+SEARCHED = {"cost", "method", "tau", "subnets", "num_prior", "beta", "lower", "front_size", "calibrate_images", "amp", "threads",
+            "latency_batch"}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -541,8 +544,8 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.search and args.method not in (None, "twostage"):
         p.error(f"--search: searches as --method twostage does, not {args.method}")
-    if args.export is None and args.finetune or args.export is not None and not args.out:
-        p.error("--export BUDGET, with --finetune too, needs --out, the finished run's folder")
+    if args.export is None and args.finetune or args.export is not None and (args.search or not args.out):
+        p.error("--export BUDGET, with --finetune too, needs --out, the finished run's folder, and no --search")
     finished = args.search or (args.out if args.export is not None else None)
     if finished:  # its settings are the defaults
         state = read_finished(finished)
@@ -559,8 +562,9 @@ def parse_args(argv=None):
         p.set_defaults(arch=first[1], **recipe)
     args = p.parse_args(argv)
     args.tau = args.tau or tau_of_share(args, images)
-    for name in (k for k, v in settings(args).items() if args.export is not None and str(known.get(k, v)) != str(v)):
-        p.error(f"--export: that run has --{name.replace('_', '-')} {known[name]}")
+    for name, value in settings(args).items() if finished else ():
+        if str(known.get(name, value)) != str(value) and not (args.search and name in SEARCHED):
+            p.error(f"{'--search' if args.search else '--export'}: that run has --{name.replace('_', '-')} {known[name]}")
     args.method = args.method or ("twostage" if args.search else "joslim")
     if args.eval_images > args.held_out:
         p.error(f"--eval-images {args.eval_images} is more than --held-out {args.held_out}")
@@ -1384,16 +1388,13 @@ class Run:
         self.network |= dict(num_classes=len(self.data.about["classes"]), in_channels=self.data.channels)
         self.step, self.steps = 0, self.data.steps * args.epochs
         torch.manual_seed(args.seed)
-        for flag, other in (("out", state), ("search", finished), ("init", known)):
-            where, mine, theirs = f"--{flag} {getattr(args, flag)}", self.data.about, other and other["data"]
-            if other and flag != "init" and other["network"] != self.network:
-                raise UserError(f"{where}: its network has {other['network']}, these data need {self.network}")
-            same = other and theirs["digest"] == mine["digest"]
-            if other and flag != "init" and not same:
-                raise UserError(f"{where}: that run had other images than {args.data_dir} has now; give it those")
-            if same and theirs.get("split") != mine["split"]:  # what it was trained on would be held out here
-                split = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in theirs.get("split", {}).items())
-                raise UserError(f"{where}: that run held out other images, those of {split or 'earlier code'}; add that here")
+        mine, theirs = self.data.about, known["data"] if known else {}
+        for flag, other in (("out", state), ("search", finished)):
+            if other and other["data"]["digest"] != mine["digest"]:
+                raise UserError(f"--{flag} {getattr(args, flag)}: that run had other images than {args.data_dir} has; give it those")
+        if theirs.get("digest") == mine["digest"] and theirs.get("split") != mine["split"]:  # it was trained on some of these
+            split = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in theirs.get("split", {}).items())
+            raise UserError(f"--init {args.init}: that run held out other images, those of {split or 'earlier code'}; add that")
         if log_file:  # of steps that come again it has nothing
             log_file.truncate(min(state["log"], log_file.seek(0, os.SEEK_END)) if state else 0)
         self.net = make_network(self.network, args.lower)
