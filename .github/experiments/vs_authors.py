@@ -6,10 +6,11 @@
     python .github/experiments/vs_authors.py AUTHORS SEED [--kanji DIR]     # the folder that kanji.py made
 
 Their joslim.py, one thread, on a CPU: our images and batches through their loader's interface, a resnet8 of their layers with the 3 x 3
-stem of the paper, our learning rate, epochs, rounds and sub-networks of a step, no fresh widths. Patched by text, and each patch must find its place: devices, the
-image size, the number of classes, botorch's new name for a fit. Its history is judged, its front chosen, calibrated and tested as
-train.py does with a history, without a search of the finished weights. Some ten minutes a seed, on kanji an hour. Caveats: 43 or 106
-configurations, where the paper has 1000; the smallest widths; recipes that were made for our code. Figures go to results/vs-authors/.
+stem of the paper, our learning rate, epochs, rounds and sub-networks of a step, no fresh widths. Patched by text, and each patch must find
+its place: devices, the image size, the number of classes, botorch's new name for a fit. Its history is judged, its front chosen, calibrated
+and tested as train.py does; and again after our search of its finished weights, which goes on from that history as ours does, with as many
+visits. Then our code with --no-fresh-widths (not on kanji). Some ten minutes a seed, on kanji an hour. Caveats: 43 or 106 configurations,
+where the paper has 1000; the smallest widths; recipes that were made for our code. Figures go to results/vs-authors/.
 """
 
 import argparse
@@ -33,6 +34,7 @@ import runs
 
 sys.path.insert(0, str(runs.PROJECT))
 import joslim as ours  # noqa: E402
+import models  # noqa: E402
 import train  # noqa: E402
 
 PATCHES = [
@@ -132,17 +134,42 @@ def run_theirs(folder, args, data, seconds):
 
 
 @torch.no_grad()
-def test_theirs(theirs, args, data):
-    """Rows (flops, loss, top1, widths) of its front, chosen and tested as train.py does with a history."""
-    net = theirs.model
-    ends = np.stack([np.full(net.search_dim, args.lower), np.ones(net.search_dim)])
-    widths = np.concatenate([ends, theirs.X])
-    flops = torch.tensor([float(net.get_flops_from_wm(a)) for a in widths], dtype=torch.float64)
-    cost, losses = flops / flops[1], []
+def judge(net, widths, args, data):
+    """Losses (n,) of their network at these widths, on the whole held-out split, by batch statistics, as train.py judges."""
+    losses = []
     for a in widths:
         net.train().set_real_ch(net.decode_wm(a))
         losses.append(sum(F.cross_entropy(net(x), y).item() * len(x) for x, y in data.batches("held-out")) / args.held_out)
-    ranked = torch.tensor(losses, dtype=torch.float64)
+    return torch.tensor(losses, dtype=torch.float64)
+
+
+def search(theirs, args, data):
+    """Their widths (n, d) and others that our search finds for their finished weights, as train.py's goes on from a history."""
+    same, channels = models.build("resnet8", len(data.about["classes"]), args.image_size), torch.tensor([16, 32, 64])
+
+    def cost(a, relaxed=False):  # theirs are in another order, and no stage has fewer residual channels than the one before
+        residual, inner = ((a[..., 0::2] * channels).cummax(-1).values / channels).unbind(-1), a[..., 1::2].unbind(-1)
+        return same.flops(torch.stack([residual[0], inner[0], inner[1], residual[1], inner[2], residual[2]], -1), relaxed) / full
+
+    full = same.flops(1.0).item()
+    sampler = ours.Joslim(theirs.model.search_dim, cost, args.lower, args.num_prior, args.beta, args.seed)
+    sampler.widths = torch.as_tensor(theirs.X, dtype=torch.float64).clamp(args.lower, 1)
+    sampler.losses = torch.full((len(theirs.X),), torch.nan, dtype=torch.float64)
+    visits = len(theirs.X) + min(len(theirs.X), train.FINAL)
+    while True:
+        new = sampler.losses.isnan().nonzero()[:, 0]
+        sampler.observe(judge(theirs.model, sampler.widths[new].numpy(), args, data), new)
+        if len(sampler.widths) >= visits:
+            return sampler.widths.numpy()
+        sampler.sample(args.subnets)
+
+
+@torch.no_grad()
+def test(net, widths, args, data):
+    """Rows (flops, loss, top1, widths) of their network's front among these widths, chosen and tested as train.py does."""
+    widths = np.concatenate([np.full((1, net.search_dim), args.lower), np.ones((1, net.search_dim)), widths])
+    flops = torch.tensor([float(net.get_flops_from_wm(a)) for a in widths], dtype=torch.float64)
+    ranked, cost = judge(net, widths, args, data), flops / flops[1]
     ranked[1] = -torch.inf
     rows = []
     for i in ours.thin(ours.pareto_front(ranked, cost), cost, args.front_size).tolist():
@@ -162,23 +189,37 @@ def main():
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     kanji = [*kanji_resnet8.SETTINGS, "--data-dir", str(own.kanji.resolve())] if own.kanji else []
-    args = train.parse_args([*kanji, "--seed", str(own.seed), "--device", "cpu"])
-    out = runs.RESULTS / "vs-authors" / f"authors-{'kanji-' if kanji else ''}{own.seed}"
+    flags, name = [*kanji, "--seed", str(own.seed), "--device", "cpu"], f"{'kanji-' if kanji else ''}{own.seed}"
+    args, root = train.parse_args(flags), Path("runs", "vs-authors").resolve()
     data, seconds, folder = train.Data(args, train.World().meet("cpu")), [], own.authors.resolve()
     os.chdir(tempfile.mkdtemp())  # their code leaves files, and would go on from what it finds
     start = time.perf_counter()
     theirs = run_theirs(folder, args, data, seconds)
     total = time.perf_counter() - start
-    rows = test_theirs(theirs, args, data)
+    print(f"{total / 60:.1f} minutes, {sum(seconds) / total:.0%} of them proposals of {np.mean(seconds):.1f} s", flush=True)
+    settings = dict(cost="flops", seed=own.seed, data=args.data, arch="resnet8", image_size=args.image_size, epochs=args.epochs,
+                    tau=args.tau, subnets=args.subnets, digest=data.about["digest"], torch=torch.__version__)  # fmt: skip
+    as_run = dict(method="authors", seconds=total, search_share=sum(seconds) / total, configurations=len(theirs.X),
+                  proposals=len(seconds))  # fmt: skip
+    keep(f"authors-{name}", settings | as_run, test(theirs.model, theirs.X, args, data))
+    start = time.perf_counter()
+    widths = search(theirs, args, data)
+    searched = dict(method="twostage", trained_as="authors", seconds=time.perf_counter() - start, search_share=1.0,
+                    configurations=len(widths))  # fmt: skip
+    keep(f"authorssearched-{name}", settings | searched, test(theirs.model, widths, args, data))
+    if not kanji:
+        runs.queue([(f"joslim-{name}", [*flags, "--no-fresh-widths"])], root)
+        runs.keep(root, [f"joslim-{name}"], "vs-authors")
+
+
+def keep(name, settings, rows):
+    out = runs.RESULTS / "vs-authors" / name
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "front.csv", "w", newline="") as f:
         table = csv.writer(f, lineterminator="\n")
         table.writerow(("flops", "loss", "top1", "widths"))
         table.writerows(rows)
-    settings = dict(method="authors", cost="flops", seed=own.seed, data=args.data, arch="resnet8", image_size=args.image_size, tau=args.tau,
-                    epochs=args.epochs, digest=data.about["digest"], torch=torch.__version__, seconds=total, search_share=sum(seconds) / total, configurations=len(theirs.X), proposals=len(seconds))  # fmt: skip
     (out / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
-    print(f"{total / 60:.1f} minutes, {sum(seconds) / total:.0%} of them proposals of {np.mean(seconds):.1f} s; see {out}/")
 
 
 if __name__ == "__main__":
