@@ -3049,6 +3049,8 @@ def test_bad_flags_are_one_line_and_exit_2(flags, word, tiny, refused, tmp_path)
 def test_data_that_lack_their_folder_and_the_help(capsys, monkeypatch):
     with pytest.raises(train.UserError, match="--data-dir: --data cifar10 needs it"):
         train.parse_args(["--data", "cifar10"])
+    with pytest.raises(train.UserError, match="--data-dir: --data synthetic reads no files"):  # one's own would not be seen
+        train.parse_args(["--data-dir", "."])
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "x")
     with pytest.raises(train.UserError, match="LOCAL_WORLD_SIZE is 'x'"):
         train.parse_args([])

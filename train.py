@@ -552,8 +552,9 @@ def parse_args(argv=None):
         known = {k: v for k, v in state["settings"].items() if not (args.search and k in ("cost", "method", "trained_as"))}
         p.set_defaults(data_dir=state["data_dir"] and Path(state["data_dir"]), **known)
     else:
-        if args.data != "synthetic" and args.data_dir is None:
-            p.error(f"--data-dir: --data {args.data} needs it, the folder that holds its files")
+        if (args.data_dir is None) != (args.data == "synthetic"):
+            reads = "needs it, the folder that holds its files" if args.data_dir is None else "reads no files; --data folder does"
+            p.error(f"--data-dir: --data {args.data} {reads}")
         first = next(key for key in RECIPES if key[0] == args.data)
         recipe = RECIPES.get((args.data, args.arch), RECIPES[first])
         if callable(recipe):

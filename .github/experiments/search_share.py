@@ -35,7 +35,7 @@ from joslim import Joslim, UniformWidths, evaluate, sandwich_step  # noqa: E402
 import train  # noqa: E402
 
 # Each recipe with the defaults that it leaves as they are.
-RECIPES = {key: vars(train.parse_args(["--data", key[0], "--arch", key[1], "--data-dir", "."]))
+RECIPES = {key: vars(train.parse_args(["--data", key[0], "--arch", key[1], *(["--data-dir", "."] if key[0] != "synthetic" else [])]))
            for key, recipe in train.RECIPES.items() if not callable(recipe)}  # fmt: skip
 
 # Training images, held-out ones among them; channels; classes. Of emnist the balanced part.
