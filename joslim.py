@@ -361,7 +361,7 @@ def _batch_statistics(net):
     module is in its own mode again."""
     modes = [(m, m.training) for m in net.modules()]
     for m, _ in modes:
-        m.training = isinstance(m, nn.modules.batchnorm._BatchNorm)
+        m.training = isinstance(m, nn.modules.batchnorm._NormBase)
     try:
         yield
     finally:
@@ -395,7 +395,7 @@ def calibrate_bn(net: nn.Module, batches: Iterable[Tensor | tuple[Tensor, ...]])
     Raises ValueError if there is no batch, or x is of another device or dtype than the network. Whatever is
     raised, the statistics are then as they were.
     """
-    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
     momenta, before = [m.momentum for m in norms], [dict(m.named_buffers(recurse=False)) for m in norms]
     for m, buffers in zip(norms, before):
         for name, b in buffers.items():  # new ones: another network, process or thread may hold the old

@@ -34,7 +34,7 @@ from collections import Counter, OrderedDict, defaultdict
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase  # BatchNorm, and InstanceNorm, which may have statistics, too
 from torch.nn.modules.utils import _pair
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -123,6 +123,11 @@ def first_channels(t: Tensor, *sizes: int) -> Tensor:
     return F.pad(t, pad)
 
 
+def _in_use(channels):
+    """A layer's size, as a forward pass may ask for it: of what is in use, as in what is extracted."""
+    return property(lambda self: getattr(self, channels).active, lambda self, full: None)
+
+
 class Conv2d(nn.Conv2d):
     """`nn.Conv2d` from the group it reads to the one it writes. A grouped convolution (depthwise: of one channel a part)
     writes the group it reads, whose channels then come and go by whole parts.
@@ -140,6 +145,7 @@ class Conv2d(nn.Conv2d):
         super().__init__(reads.max, writes.max, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
         self.reads, self.writes = reads, writes
 
+    in_channels, out_channels = _in_use("reads"), _in_use("writes")
     depthwise = property(lambda self: self.groups > 1)  # or of some channels a part: writes the group that it reads
     mixes = property(lambda self: self.groups == 1)  # each output is a sum over all channels that it reads
     groups_in_use = property(lambda self: self.groups if self.mixes else self.groups * self.writes.active // self.writes.max)
@@ -164,7 +170,7 @@ class BatchNorm2d(nn.BatchNorm2d):
     the k-th batch (from 1) runs with momentum 1 / k; then it is 0 again (`joslim.calibrate_bn`).
     """
 
-    mixes = False
+    mixes, num_features = False, _in_use("writes")
 
     def __init__(self, group):
         super().__init__(group.max)
@@ -191,7 +197,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 class Linear(nn.Linear):
     """`nn.Linear` from a group to another, or to a number of outputs, which are never slimmed."""
 
-    mixes = True
+    mixes, in_features, out_features = True, _in_use("reads"), _in_use("writes")
 
     def __init__(self, reads, writes, bias=True):
         writes = WidthGroup(writes, fixed=True) if isinstance(writes, int) else writes
@@ -257,11 +263,13 @@ class Slimmable(nn.Module):
     Raises ValueError, with the layer's name, where costs cannot be told from the layers: see `_require_wiring`.
     """
 
-    front = statistics = data = latency_table = kept = None
+    front = statistics = data = latency_table = kept = _max = _step = _flops = _params = _terms = _live = None
 
     def __init__(self, layers: "OrderedDict[str, nn.Module] | nn.Module", image: tuple[int, int, int], divisor: int = 1):
         super().__init__()
         whole = layers if isinstance(layers, nn.Module) else nn.Sequential(layers)
+        if taken := [name for name in (*whole._parameters, *whole._buffers) if hasattr(Slimmable, name)]:
+            raise ValueError(f"{taken[0]}: a slimmable network has something else of this name; rename it")
         held = "training", "_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"
         vars(self).update({k: vars(whole)[k] for k in held}, whole=whole)  # the same children hang on both
         self.image, self.divisor = image, divisor
@@ -282,6 +290,12 @@ class Slimmable(nn.Module):
     def forward(self, x):
         self.whole.training = self.training
         return self.whole(x)
+
+    def train(self, mode: bool = True) -> "Slimmable":
+        """As the module that was given has it, which may keep a BatchNorm in eval mode."""
+        self.whole.train(mode)
+        self.training = self.whole.training
+        return self
 
     def set_widths(self, a: Tensor | float) -> None:
         """Run at configuration `a` (d,) in (0, 1]^d from now on; a float sets every group alike.
@@ -385,7 +399,7 @@ class Slimmable(nn.Module):
                 m.__class__, sizes = m.plain()
                 del m.reads, m.writes
                 vars(m).update(sizes)
-            if isinstance(m, _BatchNorm):
+            if isinstance(m, _NormBase):
                 m.momentum = vars(m).pop("theirs", m.momentum)
         return net
 
@@ -457,9 +471,9 @@ def slimmable(net: nn.Module, image: tuple[int, int, int], divisor: int = 1, fix
     Args:
         image: (channels, height, width) of one input.
         fixed: names of modules whose outputs are to keep their channels.
-    Raises ValueError, with a layer's name, for a network that cannot be watched (its forward pass looks at values, say),
-    that calls a BatchNorm twice, or does not run at other widths (a number of channels is written into its forward pass:
-    then name the layer before it in `fixed`).
+    Raises ValueError, with a layer's name, for a network that cannot be watched (its forward pass looks at values, say, or
+    runs weights that are not its own), that calls a BatchNorm twice, or does not run, or the same, at other widths (it
+    decides by numbers of channels, or has one written into its forward pass: then name the layer before it in `fixed`).
     """
     net = _copy(net)
     layers, kept = _Watch(net, image).find({*fixed})
@@ -468,7 +482,7 @@ def slimmable(net: nn.Module, image: tuple[int, int, int], divisor: int = 1, fix
             m.__class__ = TWINS[type(m)]  # weights and settings stay
             m.reads, m.writes = reads, writes
     for m in net.modules():
-        if isinstance(m, _BatchNorm):
+        if isinstance(m, _NormBase):
             m.theirs, m.momentum = m.momentum, 0.0
     slim = Slimmable(net, image, divisor)
     slim.kept = kept
@@ -508,7 +522,7 @@ class _Watch(TorchDispatchMode):
 
     times: how often each module was called.
     calls: (layer, its output's pixels, its input's) of this file's layers, in order; a shared one comes twice.
-    macs: multiply-accumulates of all operations.
+    macs: multiply-accumulates of all operations. done: the names of those that are not a layer's.
     lives: of each activation [channels it carries, values, first operation, last operation, layer before].
 
     A ResNet block, whose ReLUs and addition work in place. A column is an operation: its stars are in memory at once.
@@ -528,7 +542,7 @@ class _Watch(TorchDispatchMode):
         self.net, self.image, self.name, self.inside, self.modules = net, image, "the image", None, dict(net.named_modules())
         self.layers, self.same, self.reasons, self.odd, self.to_fix = {}, [], {}, dict.fromkeys(net.modules()), ()
         self.times, self.calls, self.macs, self.lives, self.operations = Counter(), [], 0, {}, 0
-        self.carried, self.alive = {}, []  # by id: kept alive, so that none comes twice
+        self.carried, self.alive, self.done = {}, [], []  # by id: kept alive, so that none comes twice
 
     def run(self, count=1, training=False):
         """The forward pass of so many images, by a copy of the network whose weights are shapes alone: returns its output."""
@@ -547,7 +561,10 @@ class _Watch(TorchDispatchMode):
         self.meet(x)
         try:
             with torch.no_grad(), self:
-                return copied(x)
+                out = copied(x)
+            if [*copied.state_dict()] != [*self.net.state_dict()]:
+                raise ValueError("makes weights as it runs; run it once before")
+            return out
         except Exception as e:  # whatever a network of one's own may raise
             raise ValueError(f"after {self.name}: {e}") from e
 
@@ -674,6 +691,8 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if any(isinstance(t, nn.Parameter) and not t.is_meta for t in tree_leaves((args, kwargs))):
+            raise ValueError("a weight that is no copy: made as it runs, another network's, or held by a function (a lambda, a hook)")
         if any(isinstance(t, Tensor) and t.is_meta for t in tree_leaves((args, kwargs))):
             args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
         read, name = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)], op._schema.name.removeprefix("aten::")
@@ -683,6 +702,9 @@ class _Watch(TorchDispatchMode):
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         if op._overloadpacket in flop_registry:
             self.macs += flop_registry[op._overloadpacket](*args, **kwargs, out_val=out) // 2
+        elif name in ("mv", "addmv", "dot"):  # which the registry lacks
+            self.macs += max(t.numel() for t in read)
+        self.done += [] if self.inside else [name]
         owners = [self.weights.get(_storage(t)) for t in read]
         for m in owners:
             if type(m) in TWINS and not self.inside and m not in self.odd:
@@ -935,7 +957,7 @@ def _torchvisions(arch, num_classes, image):
 
 
 def _norms(net):
-    return [m for m in net.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    return [m for m in net.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
 
 
 def get_statistics(net: Slimmable) -> Tensor:
@@ -994,8 +1016,10 @@ def load(path: str, device: torch.device | str = "cpu", net: nn.Module | None = 
             raise ValueError(f"weights of {how['arch']}, a network of your own: load(..., net=...) needs one such")
         if net is None:
             net = build(**how)
-        elif not isinstance(net, Slimmable):
-            net = slimmable(net, (how["in_channels"], how["image_size"], how["image_size"]), how["divisor"])
+        image = how["in_channels"], how["image_size"], how["image_size"]
+        net = net if isinstance(net, Slimmable) else slimmable(net, image, how["divisor"])
+        if (tuple(net.image), net.divisor) != (image, how["divisor"]) or [*net.state_dict()] != [*state["model"]]:
+            raise ValueError(f"needs a network for images {image}, of divisor {how['divisor']}, its layers in the same order")
         net.load_state_dict(state["model"])
         net.front, net.statistics, net.data = state["front"], state["statistics"], state["data"]
         net.latency_table = state["latency"]
@@ -1164,7 +1188,7 @@ def _require_wiring(net, full):
     """
     for name, m in full.modules.items():
         n = full.times[m]
-        if isinstance(m, LAYERS) and not n or isinstance(m, _BatchNorm) and n > 1 and m.running_mean is not None:
+        if isinstance(m, LAYERS) and not n or isinstance(m, _NormBase) and n > 1 and m.running_mean is not None:
             raise ValueError(f"{name}: called {n} times; a BatchNorm's statistics belong to one place, "
                              "and the costs of what is not called are unknown")  # fmt: skip
     lives, one = list(full.lives.values()), WidthGroup(1, fixed=True)
@@ -1176,8 +1200,9 @@ def _require_wiring(net, full):
                 group.active = n
             trace = _Watch(net.whole, net.image)
             trace.run()
-            if len(trace.lives) != len(lives):
-                raise ValueError("another number of activations at other widths: the network must do the same at all")
+            if trace.done != full.done or len(trace.lives) != len(lives):
+                raise ValueError("other operations at other widths, perhaps since it asks for numbers of channels: "
+                                 "it must do the same at all widths")  # fmt: skip
             for i, ((_, most, *_, name), (_, values, *_)) in enumerate(zip(lives, trace.lives.values())):
                 fits[i] = [c for c in fits[i] if values * c.max == most * c.active]
                 if not fits[i]:
@@ -1195,9 +1220,12 @@ def _require_wiring(net, full):
 def _configurations(net):
     """Random channel counts (d,), two or as many as it takes until every group has been narrower than at full width, and any
     two have differed in their share of channels: of several each, or both ways round, as one alone is broadcast, and fits.
+    Before them one where as many groups as can have equally many: a forward pass may ask whether two have.
     """
     most, step = (torch.tensor([1] + [getattr(g, k) for g in net.groups]) for k in ("max", "step"))  # the 1 is at full width
     random, tried = torch.Generator().manual_seed(0), 0 if net.groups else 2
+    if net.groups:
+        yield (step * (most[1:].min() // step).clamp(min=1))[1:]
     told = torch.eye(len(most)).bool() | (most == step)[:, None]
     while tried < 2 or not told.all():
         counts = step * (1 + (torch.rand(len(most), generator=random) * (most // step)).long())

@@ -652,6 +652,8 @@ SLIMMED = {  # all of it: how `middle` is made, further layers, and the layers t
                         dict(a=to(8, 4, kind=nn.Linear), b=to(4, 8, kind=nn.Linear)), "a"),
     "flattened": (lambda m, x: m.a(torch.cat([x, m.b(x)], 1).flatten(1))[..., None, None], 6,
                   dict(a=to(13 * 64, 6, kind=nn.Linear), b=to(8, 5, 1)), "a b"),
+    "asks for sizes": (lambda m, x: m.b(m.a(x)[:, :, 0, 0] / m.a.out_channels)[..., None, None] * m.b.in_features
+                       / m.norm.num_features, 6, dict(a=to(8, 8, 1), b=to(8, 6, kind=nn.Linear)), "a b"),
 }  # fmt: skip
 KEPT = {  # the convolution before `middle`, and why
     "shuffle": (lambda m, x: F.channel_shuffle(x, 2), 8, {}, "channel_shuffle"),
@@ -706,6 +708,14 @@ def test_outputs_keep_their_channels():
     agrees(net, theirs, torch.randn(3, 3, 8, 8).double())
 
 
+FOREIGN = nn.Conv2d(8, 8, 1)
+
+
+def late(m, device):
+    m.late = nn.Conv2d(8, 8, 1, device=device)
+    return m.late
+
+
 @pytest.mark.parametrize("forward, more, what", [
     (lambda m, x: m.end(m.two(m.wide(torch.cat([m.one(x), m.other(x)], 1)))),
      {"other": lambda m: models.Conv2d(m.image, models.WidthGroup(8), 3),
@@ -731,12 +741,47 @@ def test_outputs_keep_their_channels():
     (lambda m, x: x.view(-1, 8, 4, 16), None, "after norm"),  # a number of channels, written into the network
     (lambda m, x: x if x.sum() > 0 else -x, None, "after norm"),
     (lambda m, x: x[:, :, :0], None, "after two"),
+    (lambda m, x: x if m.one.out_channels != m.two.out_channels else -x, None, "other operations"),  # of 8 and 6, at full width
+    (lambda m, x: x if m.two(x).shape != x.shape else x + m.two(x), None, "other operations"),
+    (lambda m, x: FOREIGN(x), None, "a weight that is no copy"), (lambda m, x: late(m, "cpu")(x), None, "a weight that is no"),
+    (lambda m, x: late(m, x.device)(x), None, "makes weights as it runs"),
 ])  # fmt: skip
 def test_networks_that_cannot_be_slimmed_are_refused_by_name(forward, more, what):
     if more is None:
         refuses(what, models.slimmable, Small(forward), (3, 8, 8))
     else:
         refuses(what, own, forward, **more)
+
+
+class Frozen(Small):
+    def train(self, mode=True):
+        super().train(mode).norm.eval()
+        return self
+
+
+def test_what_is_the_networks_own_stays():
+    """A way of going into training; products with a vector, which FlopCounterMode leaves out; a buffer's name."""
+    theirs, x = Frozen(lambda m, x: x), torch.randn(4, 3, 8, 8)
+    net = models.slimmable(theirs, (3, 8, 8)).train()
+    assert net.training and not net.norm.training and net.two.training
+    assert torch.equal(net(x), theirs.train()(x)) and torch.equal(net(x), net.extract().train()(x))
+    by = [models.slimmable(Small(lambda m, x: x * (x.flatten(2).mT @ m.q).view(-1, 1, 8, 8), q=parameter(*shape)), (3, 8, 8))
+          for shape in ((8,), (8, 1))]  # fmt: skip
+    assert by[0].flops(1.0) == by[1].flops(1.0)
+    theirs.register_buffer("_step", torch.zeros(1))
+    refuses("_step: ", models.slimmable, theirs, (3, 8, 8))
+
+
+def test_an_instance_norms_statistics_are_calibrated_as_batchnorms_are():
+    """By the definition: means, over images, of each image's own. Training leaves them alone."""
+    layers = nn.Conv2d(3, 6, 1), nn.InstanceNorm2d(6, track_running_stats=True), nn.Conv2d(6, 4, 1)
+    net, x = models.slimmable(nn.Sequential(*layers), (3, 8, 8)), torch.randn(5, 3, 8, 8)
+    net.train()(x)
+    assert models.get_statistics(net).tolist() == 6 * [0.0] + 6 * [1.0]
+    joslim.calibrate_bn(net, [x])
+    maps = layers[0](x).detach()
+    expected = torch.cat([maps.mean((2, 3)).mean(0), maps.var((2, 3)).mean(0)])
+    torch.testing.assert_close(models.get_statistics(net), expected)
 
 
 def test_extracted_batchnorm_goes_on_by_its_own_momentum():
@@ -2112,6 +2157,10 @@ def test_any_network_trains(arch, size, tiny, own_py, refused, tmp_path, monkeyp
     path, mine = str(tmp_path / "whole" / "front.pt"), arch == "own.py:Net"
     if mine:
         refuses("a network of your own: load", models.load, path)
+        moved = own_network("Net")
+        moved.stem = moved._modules.pop("stem")  # now the last
+        for odd in (moved, models.slimmable(own_network("Net"), (1, 8, 8), divisor=2)):  # it would run at other widths
+            refuses("divisor 1, its layers in the same order", models.load, path, net=odd)
         own_py.write_text(OWN.replace("12", "16"))
         refused("another network now", *flags, "--out", tmp_path / "parts", "--resume")
     net = models.load(path, net=own_network("Net") if mine else None)

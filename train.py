@@ -1402,7 +1402,7 @@ class Run:
         if init is not None:
             load_init(self.net, init, args.init, self.say, ours=known is not None)
         for other in filter(None, (state, finished)):
-            if {k: v.shape for k, v in other["model"].items()} != {k: v.shape for k, v in self.net.state_dict().items()}:
+            if [(k, v.shape) for k, v in other["model"].items()] != [(k, v.shape) for k, v in self.net.state_dict().items()]:
                 raise UserError(f"--arch {args.arch}: gives another network now than when that run began")
         self.net.to(world.device, memory_format=torch.channels_last).train()  # the faster layout on GPU and CPU alike
         if args.cost == "latency":
