@@ -239,7 +239,7 @@ def optimize_acquisition(
 
     Args:
         fn: maps (r, batch, d) to (r, batch); function b sees only x[:, b]. Differentiable.
-        lower, upper: the box, floats or (d,).
+        lower, upper: the box, floats or (d,); of sides that are not too unlike, as one learning rate serves all.
         starts: (s, d), tried for every function.
     Returns x (batch, d) and fn there (batch,).
     Raises ValueError for an empty box, a count below 1, shapes that do not fit, or starts that are not finite.
@@ -273,7 +273,7 @@ def optimize_acquisition(
         x.grad = grad.nan_to_num()  # where fn is not finite, there is nowhere to go
         better = now < value
         best, value = torch.where(better[..., None], x, best), torch.where(better, now, value)
-        # Adam's steps have the same size whatever the scale of fn; each row descends for itself.
+        # Adam's steps have the same size whatever the scale of fn (above some 1e-6); each row descends for itself.
         descent.param_groups[0]["lr"] = 0.1 * span * (1 - step / steps)
         descent.step()
         x.clamp_(lower, upper)

@@ -102,7 +102,8 @@ class Joslim(UniformWidths):
 
     Attributes, both of which may be assigned:
         widths: (n, d) the history: the proposals that were kept, and the full network; float64.
-        losses: (n,) their losses as last observed, positive; nan where there is none, and the GP leaves those out.
+        losses: (n,) their losses as last observed, positive; nan where there is none, and the GP leaves those out. What is
+            below 1e-6 counts as 1e-6: losses much smaller than a cross-entropy's are to be scaled.
     """
 
     def __init__(
@@ -136,7 +137,8 @@ class Joslim(UniformWidths):
         ratio = 0 < value[0] <= value[1] and abs(value[1] - 1) < 1e-6
         require(ratio, f"cost: expected to grow to 1 at full width, got {value[0]:g} at lower, {value[1]:g} there")
         try:
-            return self.cost(ends.clone().requires_grad_(), relaxed=True).requires_grad
+            with torch.enable_grad():
+                return self.cost(ends.clone().requires_grad_(), relaxed=True).requires_grad
         except (RuntimeError, AttributeError):  # numpy's, which takes no tensor with a gradient
             return False
 
@@ -156,7 +158,7 @@ class Joslim(UniformWidths):
         observed. Raises ValueError for a negative loss, a wrong shape or dtype, or an index out of range.
         """
         n = len(self.widths)
-        losses = torch.as_tensor(losses)
+        losses = torch.as_tensor(losses).detach()
         where = torch.arange(n) if where is None else torch.as_tensor(where).cpu()
         usable = not losses.is_complex() and where.dtype == torch.int64
         require(usable, f"losses, where: expected real values and int64, got {losses.dtype} and {where.dtype}")
@@ -252,10 +254,10 @@ class Joslim(UniformWidths):
             low, high = (torch.full_like(a[..., :1], s * (1 - self.lower)) for s in (-1, 1))
             for _ in range(8 if self.smooth else 40):  # the cost grows with the shift
                 shift = (low + high) / 2
-                below = self.cost_of(self.box(a + shift), relaxed=True)[..., None] < target[..., None]
+                below = self.cost_of(self.box(a + shift), relaxed=True)[..., None] <= target[..., None]
                 low, high = torch.where(below, shift, low), torch.where(below, high, shift)
-        if not self.smooth:
-            return self.box(a + shift)
+        if not self.smooth:  # of a cost with steps, the widest that does not cost more
+            return self.box(a + low)
         with torch.enable_grad():
             shift.requires_grad_()
             excess = self.cost(self.box(a + shift), relaxed=True) - target
@@ -382,7 +384,8 @@ def evaluate(net: nn.Module, widths: Iterable[Tensor], x: Tensor, y: Tensor, amp
         for a in widths:
             net.set_widths(a)
             with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-                losses.append(F.cross_entropy(net(x), y))
+                logits = net(x)
+            losses.append(F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), y))
     return torch.stack(losses) if losses else x.new_zeros(0)
 
 
@@ -390,8 +393,8 @@ def evaluate(net: nn.Module, widths: Iterable[Tensor], x: Tensor, y: Tensor, amp
 def calibrate_bn(net: nn.Module, batches: Iterable[Tensor | tuple[Tensor, ...]]) -> None:
     """Sets every BatchNorm's running statistics for the configuration now set.
 
-    Cumulative average over the batches' means and (unbiased) variances, each batch counting alike. A batch is
-    images x (b, c, h, w), or begins with them, as a loader's (x, y) does.
+    Cumulative average over the batches' means and (unbiased) variances, each batch counting alike; of a norm that is called
+    once in a forward pass (as `models.Slimmable` requires). A batch is images x (b, c, h, w), or begins with them, as a loader's (x, y) does.
     Raises ValueError if there is no batch, or x is of another device or dtype than the network. Whatever is
     raised, the statistics are then as they were.
     """
@@ -425,7 +428,8 @@ class Replay:
     """fn(x, y, widths) -> a tensor; where a GPU does it again and again with the same widths, as one CUDA graph.
 
     Kernels of small networks, or of few images, end sooner than Python launches the next: a graph, recorded once, launches
-    all. What else fn leaves, the gradients, stays where the recording put it: nothing else may replace them.
+    all. What else fn leaves, the gradients, stays where the recording put it, and nothing else may replace it: let fn clear the
+    gradients itself, step the optimiser outside of it, and have one Replay for a network.
     """
 
     def __init__(self, fn):
@@ -434,8 +438,9 @@ class Replay:
     def __call__(self, x, y, widths):
         if x.device.type != "cuda" or not self.records:
             return self.fn(x, y, widths)
-        if self.widths is None or not torch.equal(widths, self.widths):
-            self.widths, self.seen, self.graph = widths, 0, None
+        kind = x.shape, x.dtype, y.shape, y.dtype
+        if self.widths is None or kind != self.kind or not torch.equal(widths, self.widths):
+            self.widths, self.kind, self.seen, self.graph = widths.clone(), kind, 0, None
         self.seen += 1
         if self.seen < 4:  # fewer steps do not pay for a recording, and cuDNN must have made its plans
             return self.fn(x, y, widths)
@@ -503,7 +508,7 @@ def thin(front: Tensor, cost: Tensor, size: int) -> Tensor:
     """At most `size` of a front's indices (k,), the nearest to evenly spaced logarithms of their cost (n,), ends included."""
     if len(front) <= size:
         return front
-    rise = cost[front].log()  # half the cost is as much of a step to a small device as to a large one
+    rise = cost[front].double().log()  # half the cost is as much of a step to a small device as to a large one
     grid = torch.linspace(rise[0], rise[-1], size, dtype=rise.dtype)
     return front[(rise - grid[:, None]).abs().argmin(1).unique()]
 

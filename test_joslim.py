@@ -880,6 +880,9 @@ def test_evaluation_is_the_plain_networks_and_leaves_no_trace():
     expected = torch.stack([F.cross_entropy(net.extract(a).train()(x), y) for a in widths])
     torch.testing.assert_close(losses, expected.detach(), rtol=1e-4, atol=1e-5)
     assert joslim.evaluate(net, widths[:0], x, y).shape == (0,)
+    halves, x = net.bfloat16(), x.bfloat16()  # of which losses must be told apart by less than such numbers can
+    losses = joslim.evaluate(halves, widths, x, y)  # at the last of which it stays
+    torch.testing.assert_close(losses[-1].double(), F.cross_entropy(halves.train()(x).double(), y), rtol=1e-5, atol=1e-5)
     # Dropout, of a network of one's own, is noise to both: it stays off, and losses and statistics are those without it.
     dropping = own(lambda m, x: m.end(m.two(m.drop(F.relu(m.one(x))))), drop=lambda m: nn.Dropout2d(0.5))
     without, x, y = own(), torch.randn(8, 1, 12, 12), torch.randint(3, (8,))
@@ -1074,6 +1077,24 @@ def test_costs_without_a_gradient(wrap, targeted):
     assert loss(new).mean() < loss(random).mean() - 0.03 and len(new.unique(dim=0)) > 1
     if targeted:
         assert (exact(new).sort().values.diff() >= 0).all() and exact(new).max() - exact(new).min() > 0.5
+
+
+def test_a_cost_with_steps_is_met_by_the_widest_of_a_step():
+    """What costs no more is no worse: to widen it by anything costs the next step."""
+    tiles = lambda a, relaxed=False: (4 * a.detach().mean(-1) - 1e-9).ceil() / 4  # noqa: E731
+    sampler = joslim.Joslim(3, tiles, lower=0.1)
+    for target in (0.25, 0.5, 0.75):
+        new = sampler.project_to_cost(0.1 + 0.9 * torch.rand(50, 1, 3).double(), torch.tensor([target]).double())
+        assert (tiles(new) == target).all() and (tiles((new + 1e-6).clamp(max=1)) > target).all()
+
+
+def test_a_callers_graph_and_mode_leave_no_trace():
+    with torch.no_grad():
+        sampler = joslim.Joslim(3, mean_width, num_prior=2)
+    assert sampler.smooth
+    sampler.sample(2)
+    sampler.observe(torch.ones(3, requires_grad=True) * 2)
+    assert not sampler.losses.requires_grad
 
 
 def test_projection_gradient():
