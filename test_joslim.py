@@ -2183,7 +2183,7 @@ def test_any_network_trains(arch, size, tiny, own_py, refused, tmp_path, monkeyp
         for odd in (moved, models.slimmable(own_network("Net"), (1, 8, 8), divisor=2)):  # it would run at other widths
             refuses("divisor 1, its layers in the same order", models.load, path, net=odd)
         own_py.write_text(OWN.replace("12", "16"))
-        refused("another network now", *flags, "--out", tmp_path / "parts", "--resume")
+        refused("that run has --arch-file ", *flags, "--out", tmp_path / "parts", "--resume")
     net = models.load(path, net=own_network("Net") if mine else None)
     row = net.use(flops=0.5)
     plain, data = net.extract(), small_data(*tiny, "--image-size", str(size))
@@ -2375,7 +2375,7 @@ def test_latency_fit_finds_a_known_formula():
     assert (models.time_networks(models.build("resnet8", 10, 8).bfloat16(), a[:1, :6]) > 0).all()
 
 
-def test_latency_as_a_cost(tiny, tmp_path, monkeypatch):
+def test_latency_as_a_cost(tiny, refused, tmp_path, monkeypatch):
     flags = [*tiny, "--cost", "latency", "--threads", "1", "--latency-batch", "2", "--out", str(tmp_path)]
     run_until(4, [*flags, "--save-minutes", "0"], monkeypatch)
     before, (measured,) = read_state(tmp_path)["latency"], read_log(tmp_path, "latency")
@@ -2389,6 +2389,9 @@ def test_latency_as_a_cost(tiny, tmp_path, monkeypatch):
     net = models.load(str(tmp_path / "front.pt"))
     assert net.use(latency=0.999)["latency"] <= 0.999 * times[-1] or len(rows) == 1
     assert net.latency(1.0) > 0
+    state = read_state(tmp_path)
+    torch.save(state | {"settings": state["settings"] | {"machine": "H100"}}, tmp_path / "checkpoint.pt")
+    refused("that run has --machine H100, this one cpu", *flags, "--resume")  # whose times would be mixed
 
 
 def test_channel_counts_in_multiples(tiny, tmp_path):
@@ -2419,7 +2422,7 @@ def test_pretrained_weights_sorted(arch, tmp_path, capsys):
     for one in (net, other):
         train.load_init(one, train.read_init(tmp_path / "weights.pth")[0], tmp_path, print)
     torch.testing.assert_close(net(x), theirs(x), rtol=1e-4, atol=1e-5)
-    assert capsys.readouterr().out.count("of 7 classes, not 5: the classifier starts anew") == 1
+    assert capsys.readouterr().out.count("of other classes: the classifier starts anew") == 1
     first = net.names[0] + ".weight"
     torch.testing.assert_close(other.state_dict()[first], net.state_dict()[first])
     readers = {g: [m for m in net.modules() if isinstance(m, (models.Conv2d, models.Linear)) and m.reads is g
@@ -2429,7 +2432,7 @@ def test_pretrained_weights_sorted(arch, tmp_path, capsys):
         assert (read.diff() <= 1e-3).all()
 
 
-def test_runs_start_from_weights(finished, tiny, refused, tmp_path):
+def test_runs_start_from_weights(finished, tiny, refused, tmp_path, capsys):
     """A front.pt's."""
     flags = [*tiny, "--method", "slim", "--epochs", "1", "--lr", "0"]
     assert train.main([*flags, "--init", str(finished / "front.pt"), "--out", str(tmp_path / "new")]) == 0
@@ -2443,6 +2446,16 @@ def test_runs_start_from_weights(finished, tiny, refused, tmp_path):
     for more in (["--seed", "1"], ["--held-out", "20"]):  # else what it was trained on would be held out
         refused("held out other images, those of --seed 0 --held-out 16", *flags, *more, "--init", finished / "front.pt",
                 "--out", tmp_path / "y")  # fmt: skip
+    # Of as many classes, but others; of images some of which may be in these tests.
+    state = torch.load(finished / "front.pt", weights_only=True)
+    state["data"] |= {"classes": state["data"]["classes"][::-1], "digest": "x"}
+    torch.save(state, tmp_path / "other.pt")
+    capsys.readouterr()
+    assert train.main([*flags, "--init", str(tmp_path / "other.pt"), "--out", str(tmp_path / "other")]) == 0
+    out, other = capsys.readouterr().out, models.load(str(tmp_path / "other" / "front.pt")).state_dict()
+    assert "of other classes: the classifier starts anew" in out and "trained on other images; what is here" in out
+    assert [k for k, v in one.state_dict().items() if v.is_floating_point() and not torch.equal(v, other[k]) and "running" not in k] == [
+        "fc.weight", "fc.bias"]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------ stopping, resuming
@@ -2825,6 +2838,12 @@ def test_the_log_has_each_step_once(step, rest, tiny, tmp_path, monkeypatch):
     assert [e["step"] for e in read_log(tmp_path, "train")] == [*range(1, 9)]
 
 
+def test_the_log_has_all_steps_of_a_checkpoint(tiny, tmp_path, monkeypatch):
+    """However seldom a line is due; or a run that is often stopped would have none, and not notice a loss at chance."""
+    run_until(4, [*tiny, "--log-seconds", "999", "--out", str(tmp_path)], monkeypatch)
+    assert [e["step"] for e in read_log(tmp_path, "train")] == [2, 4]
+
+
 def test_a_folder_in_use(tiny, refused, tmp_path):
     (tmp_path / "log.jsonl").write_text("not a whole line")
     code = "import fcntl, sys; f = open(sys.argv[1], 'r+'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
@@ -2984,7 +3003,7 @@ def test_runs_of_something_else(copied, tiny, refused, tmp_path, monkeypatch):
         ("resume", "--init None, this one /x; do as it has, or", "--init", "x"),  # whole, however it is called
         ("search", "that run has --arch resnet8", "--arch", "mbv2"), ("search", "has --init None", "--init", "x"),
         ("search", "that run has --epochs 4", "--epochs", "5"), ("search", "nowhere/checkpoint.pt", "--search", "/nowhere"),
-        ("search", "and no --search", "--export", "0.5"),
+        ("search", "no --search", "--export", "0.5"),
         ("export", "the smallest needs", "--export", "0.01"), ("export", "--export: expected", "--export", "x"),
         ("export", "/nowhere is not a folder", "--data-dir", "/nowhere"),
         ("export", "nowhere/checkpoint.pt", "--out", "/nowhere"),
@@ -2995,6 +3014,8 @@ def test_runs_of_something_else(copied, tiny, refused, tmp_path, monkeypatch):
         refused(word, *READERS[reader][1](tiny, copied), *more)
         assert contents(copied) == before and not list(copied.glob("*.pt2"))
     refused("needs --out", "--finetune", "2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused("one process", "--out", copied, "--export", "0.9")  # of whose images another would be told to take its share
     refuses("front.pt: ", models.load, str(copied / "front.pt"), net=nn.Sequential(nn.Conv2d(1, 4, 3)))
 
 

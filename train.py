@@ -298,9 +298,9 @@ def main(argv: list[str] | None = None) -> int:
         try:
             args = parse_args(argv)
             world.meet(args.device)
-            if args.export is not None and world.rank == 0:
+            if args.export is not None:
                 export(args, world)
-            elif args.export is None:
+            else:
                 with run_folder(args, world) as log_file:
                     run = Run(args, world, log_file, argv)
                     with world.finishing_steps():
@@ -544,8 +544,9 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.search and args.method not in (None, "twostage"):
         p.error(f"--search: searches as --method twostage does, not {args.method}")
-    if args.export is None and args.finetune or args.export is not None and (args.search or not args.out):
-        p.error("--export BUDGET, with --finetune too, needs --out, the finished run's folder, and no --search")
+    alone = args.out and not args.search and from_torchrun("WORLD_SIZE", 1) == 1
+    if args.export is None and args.finetune or args.export is not None and not alone:
+        p.error("--export BUDGET, with --finetune too, needs --out, the finished run's folder; no --search, one process")
     finished = args.search or (args.out if args.export is not None else None)
     if finished:  # its settings are the defaults
         state = read_finished(finished)
@@ -577,6 +578,7 @@ def parse_args(argv=None):
     args.workers *= not multiprocessing.current_process().daemon  # such a one may have no children
     args.init = args.init and Path(os.path.abspath(args.init))  # the same, however it is called
     args.arch = os.path.abspath(os.path.expanduser(args.arch)) if ":" in args.arch else args.arch
+    args.arch_file = hashlib.sha256(Path(args.arch.rsplit(":", 1)[0]).read_bytes()).hexdigest()[:12] if ":" in args.arch else None
     args.out = args.out or Path("runs", f"{args.data}-{Path(args.arch).name.replace(':', '-')}-{args.method}-{args.seed}")
     return args
 
@@ -1276,7 +1278,7 @@ def run_folder(args, world):
 
 def settings(args):
     """The settings that decide a run's numbers, as plain values."""
-    free = FREE if args.cost == "latency" else FREE | {"threads", "latency_batch"}
+    free = FREE if args.cost == "latency" else FREE | {"threads", "latency_batch", "machine"}
     return {k: str(v) if isinstance(v, Path) else v for k, v in sorted(vars(args).items()) if k not in free}
 
 
@@ -1336,8 +1338,8 @@ def read_init(path):
         raise UserError(f"--init: {path}: not readable weights ({name_of(e)})") from None
 
 
-def load_init(net, state, path, say, ours=False):
-    """Loads `read_init`'s weights. Another number of classes gets a new classifier. Channels are sorted by importance, but
+def load_init(net, state, path, say, known=None, classes=None):
+    """Loads `read_init`'s weights. Other classes get a new classifier. Channels are sorted by importance, but
     those of a run: they are in the order of their use."""
     mine = net.state_dict()
     state = {name: t for name, t in state.items() if name in mine or not name.lower().startswith("aux")}  # heads for training
@@ -1345,13 +1347,14 @@ def load_init(net, state, path, say, ours=False):
     wrong = [name for name in mine.keys() & state.keys() if mine[name].shape != state[name].shape]
     heads = {name for name, why in (net.kept or {}).items() if why == "is an output of the network"}
     last = [name for name in mine if name.rpartition(".")[0] in heads] or list(mine)[-2:]  # the classifier's weight and bias
+    wrong += last if known and known["data"]["classes"] != classes else []
     if odd or not set(wrong) <= set(last):
         raise UserError(f"--init: {path}: not weights of this network ({sorted([*odd, *wrong])[0]} differs)")
     net.load_state_dict({k: v for k, v in state.items() if k not in wrong}, strict=False)
-    if not ours:
+    if not known:
         models.sort_channels(net)
     if wrong:
-        say(f"{path}: of {len(state[last[0]])} classes, not {len(mine[last[0]])}: the classifier starts anew")
+        say(f"{path}: of other classes: the classifier starts anew")
 
 
 # ------------------------------------------------------------------------------ the run's state
@@ -1372,6 +1375,7 @@ class Run:
             raise UserError(f"--batch-size {args.batch_size} does not divide among {several}")
         if args.batch_size < 2 * world.size * args.accumulate:
             raise UserError(f"--batch-size {args.batch_size}: BatchNorm needs two images in each of {world.size} processes")
+        args.machine = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"  # for latencies
         finished = world.from_first(read_finished(args.search) if args.search and world.rank == 0 else None)
         state = world.from_first(load_checkpoint(args) if args.resume and world.rank == 0 else None)
         source = finished or state
@@ -1393,17 +1397,16 @@ class Run:
         for flag, other in (("out", state), ("search", finished)):
             if other and other["data"]["digest"] != mine["digest"]:
                 raise UserError(f"--{flag} {getattr(args, flag)}: that run had other images than {args.data_dir} has; give it those")
-        if theirs.get("digest") == mine["digest"] and theirs.get("split") != mine["split"]:  # it was trained on some of these
+        if known and theirs.get("digest") != mine["digest"]:
+            self.say(f"--init {args.init}: trained on other images; what is here as well, even for the tests, it has learnt")
+        elif known and theirs.get("split") != mine["split"]:  # it was trained on some of those held out here
             split = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in theirs.get("split", {}).items())
             raise UserError(f"--init {args.init}: that run held out other images, those of {split or 'earlier code'}; add that")
         if log_file:  # of steps that come again it has nothing
             log_file.truncate(min(state["log"], log_file.seek(0, os.SEEK_END)) if state else 0)
         self.net = make_network(self.network, args.lower)
         if init is not None:
-            load_init(self.net, init, args.init, self.say, ours=known is not None)
-        for other in filter(None, (state, finished)):
-            if [(k, v.shape) for k, v in other["model"].items()] != [(k, v.shape) for k, v in self.net.state_dict().items()]:
-                raise UserError(f"--arch {args.arch}: gives another network now than when that run began")
+            load_init(self.net, init, args.init, self.say, known, mine["classes"])
         self.net.to(world.device, memory_format=torch.channels_last).train()  # the faster layout on GPU and CPU alike
         if args.cost == "latency":
             if not state and world.rank == 0:
@@ -1428,7 +1431,6 @@ class Run:
         elif finished:
             self.net.load_state_dict(finished["model"])
             self.step = self.steps
-
         self.fell = not self.sound  # what was told
         self.recent, self.progress_step = [], self.step  # since the last progress line: (step, widths, losses)
         self.began = self.saved = self.shown = time.perf_counter()
@@ -1527,17 +1529,15 @@ class Run:
     def after_step(self, epoch, widths, losses):
         """A progress line, a checkpoint, an end, where it is time for one."""
         self.recent.append((self.step, widths, losses))
-        now = time.perf_counter()
-        if now - self.shown > self.args.log_seconds or self.step == self.steps:
-            self.progress(epoch)
-        late = now - self.saved > 60 * self.args.save_minutes
-        ends_epoch = self.step % self.data.steps == 0
+        now, ends_epoch = time.perf_counter(), self.step % self.data.steps == 0
         # Several processes ask each other every few steps: on a GPU, reading the answer waits for all that is queued.
         stopping = (self.world.size == 1 or self.step % 8 == 0) and self.world.agree_to_stop()
-        if late or stopping or ends_epoch:
-            self.require_finite()
-            if ends_epoch:
-                self.require_agreement()
+        saving = stopping or ends_epoch or now - self.saved > 60 * self.args.save_minutes
+        if saving or now - self.shown > self.args.log_seconds:
+            self.progress(epoch)  # the log has all steps of a checkpoint
+        if ends_epoch:
+            self.require_agreement()
+        if saving:
             self.save()
         if stopping:
             self.world.gather(None)  # process 0 has then saved
