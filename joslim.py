@@ -393,8 +393,9 @@ def evaluate(net: nn.Module, widths: Iterable[Tensor], x: Tensor, y: Tensor, amp
 def calibrate_bn(net: nn.Module, batches: Iterable[Tensor | tuple[Tensor, ...]]) -> None:
     """Sets every BatchNorm's running statistics for the configuration now set.
 
-    Cumulative average over the batches' means and (unbiased) variances, each batch counting alike; of a norm that is called
-    once in a forward pass (as `models.Slimmable` requires). A batch is images x (b, c, h, w), or begins with them, as a loader's (x, y) does.
+    Cumulative average over the batches' means and (unbiased) variances, each batch counting alike; right for norms that
+    are called once in a forward pass, as `models.Slimmable` requires. A batch is images x (b, c, h, w), or begins with
+    them, as a loader's (x, y) does.
     Raises ValueError if there is no batch, or x is of another device or dtype than the network. Whatever is
     raised, the statistics are then as they were.
     """
