@@ -30,7 +30,7 @@ def list_methods(root, settings, seeds, costs=("flops", "memory")):
         jobs += [(f"twostage-{cost}-{seed}", ["--search", root / twostage, "--cost", cost], [twostage]) for cost in others]
         jobs += [(f"slimsearched-{cost}-{seed}", ["--search", root / slim, "--cost", cost], [slim]) for cost in costs]
         joslims = {cost: f"joslim-{cost}-{seed}" for cost in costs}
-        jobs += [(f"joslimsearched-{cost}-{seed}", ["--search", root / name], [name]) for cost, name in joslims.items()]
+        jobs += [(f"joslimsearched-{cost}-{seed}", ["--search", root / name, "--cost", cost], [name]) for cost, name in joslims.items()]
     return jobs
 
 
