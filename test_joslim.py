@@ -1993,9 +1993,9 @@ FORMATS = dict(jfif="JPEG", gif="GIF", JPG="JPEG", tif="TIFF", webp="WEBP")
      "2 linked once more", [48, 48]),  # where its own folder has it, that is its class
     (lambda t, v: os.link(t / "cat" / "0.jpeg", t / "cat" / "more.jpeg"), "1 linked once more", [48, 48]),
     (lambda t, v: link(t / "cat", *((name, v / "cat") for name in ("one", "two", "three"))),
-     "2 linked once more, 10 of its 20 images are also in train/", [58, 48]),
+     "2 linked once more, 10 of 20 test images are also trained on", [58, 48]),
     (lambda t, v: [shutil.copy(path, t / path.parent.name / f"copy of {path.name}") for path in v.rglob("*.jpeg")],
-     "20 of its 20 images are also in train/", [58, 58]),
+     "20 of 20 test images are also trained on", [58, 58]),
 ])  # fmt: skip
 def test_what_is_in_a_folder_is_counted(put, said, counts, make_data, tmp_path, capsys):
     """An image once, by whatever links it is met; the rest by what it is. Copies of test images are told."""
@@ -2007,7 +2007,7 @@ def test_what_is_in_a_folder_is_counted(put, said, counts, make_data, tmp_path, 
     assert f"{root / 'train'}: 2 classes, {sum(counts)} images" in out and f"{root / 'val'}: 2 classes, 20 images\n" in out
     assert all(what in out for what in said.split(", ")), out
     assert ("left out" in out) == any(what[:1].isdigit() and "also" not in what for what in said.split(", "))
-    assert ("also in train/" in out) == ("also in train/" in said)
+    assert ("also trained on" in out) == ("also trained on" in said)
 
 
 def test_folders_that_cannot_be_read_are_named(photos, refused, tmp_path, monkeypatch):

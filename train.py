@@ -1114,7 +1114,7 @@ def read_folders(args, world):
     again = {*contents[: len(train[0])]} & {*contents[len(train[0]) :]}
     if again and world.rank == 0:
         copies = sum(c in again for c in contents[len(train[0]) :])
-        tell(f"{args.data_dir / 'val'}: {copies} of its {len(val[0])} images are also in train/, and learnt by heart")
+        tell(f"{args.data_dir}: {copies} of {len(val[0])} test images are also trained on, and learnt by heart")
     names = (os.path.relpath(path, args.data_dir).replace(os.sep, "/").encode(errors="surrogateescape") for path in paths)
     known = zip(names, contents) if not drawn else sorted(zip(names, contents))  # the same, whichever are drawn
     about = dict(classes=classes, digest=hashlib.sha256(b"".join(itertools.chain(*known))).hexdigest())
