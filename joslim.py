@@ -254,7 +254,8 @@ class Joslim(UniformWidths):
             low, high = (torch.full_like(a[..., :1], s * (1 - self.lower)) for s in (-1, 1))
             for _ in range(8 if self.smooth else 40):  # the cost grows with the shift
                 shift = (low + high) / 2
-                below = self.cost_of(self.box(a + shift), relaxed=True)[..., None] <= target[..., None]
+                cost = self.cost_of(self.box(a + shift), relaxed=True)
+                below = (cost < target if self.smooth else cost <= target)[..., None]
                 low, high = torch.where(below, shift, low), torch.where(below, high, shift)
         if not self.smooth:  # of a cost with steps, the widest that does not cost more
             return self.box(a + low)
