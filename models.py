@@ -1004,7 +1004,8 @@ def load(path: str, device: torch.device | str = "cpu", net: nn.Module | None = 
 
     net: where it is of your own code, one such network, whose weights do not matter.
     `net.data` holds the names of the classes, and mean and deviation of the images: they are to be
-    (image / 255 - mean) / std. Raises as `read_tensors`, and ValueError for another file of torch's.
+    (image / 255 - mean) / std. Raises as `read_tensors`, and ValueError for another file of torch's or a `net` that is not as
+    the run's was: of another divisor or image, its layers in another order.
     """
     state = read_tensors(path)
     parts = {"network", "model", "front", "statistics", "data", "cost", "latency"}

@@ -2186,6 +2186,9 @@ def test_any_network_trains(arch, size, tiny, own_py, refused, tmp_path, monkeyp
         moved.stem = moved._modules.pop("stem")  # now the last
         for odd in (moved, models.slimmable(own_network("Net"), (1, 8, 8), divisor=2)):  # it would run at other widths
             refuses("divisor 1, its layers in the same order", models.load, path, net=odd)
+        state = read_state(tmp_path / "parts")
+        torch.save(state | {"model": dict(reversed(state["model"].items()))}, tmp_path / "parts" / "checkpoint.pt")
+        refused("another network now", *flags, "--out", tmp_path / "parts", "--resume")  # as by what the file imports
         own_py.write_text(OWN.replace("12", "16"))
         refused("that run has --arch-file ", *flags, "--out", tmp_path / "parts", "--resume")
     net = models.load(path, net=own_network("Net") if mine else None)

@@ -95,7 +95,7 @@ RECIPES = {
 
 
 def train(run: "Run") -> None:
-    """Joslim, the paper's algorithm 2: every tau steps a round proposes widths, each step trains M (--subnets) of them."""
+    """Joslim, the paper's algorithm 2: every tau steps a round proposes widths; each step trains M (--subnets) of them, the full and the smallest."""
     args, world, data, net, sampler = run.args, run.world, run.data, run.net, run.sampler
     # The same loop is `slim` and `twostage`, whose widths (one for all layers; one for each) are drawn at random for each step.
     tau = args.tau if args.method == "joslim" else 1
@@ -130,7 +130,7 @@ def train(run: "Run") -> None:
                     # the history (more would be too many to re-evaluate): joslim.py's `Joslim.sample`, on process 0 for all.
                     run.proposals = world.propose(sampler, per_round, keep=args.subnets)
 
-            # A step. Processes exchange gradients alone, of which all take the mean.
+            # A step. In it processes exchange gradients alone, of which all take the mean.
             turns = run.proposals.split(args.subnets)  # one, unless --fresh-widths
             widths = turns[run.step % len(turns)]
             torch.manual_seed(seeded(5, args.seed, run.step, world.rank).initial_seed())  # dropout, where there is any
@@ -237,7 +237,7 @@ def search(run: "Run") -> Joslim:
 
 
 def judge(run: "Run", widths: torch.Tensor) -> torch.Tensor:
-    """Losses (n,) on the whole held-out split; each process judges a part of them, all get all losses."""
+    """Losses (n,) on the whole held-out split, by each batch's BatchNorm statistics; each process judges a part of the widths."""
 
     def losses(some):
         batches = run.data.batches("held-out")
@@ -554,8 +554,7 @@ def parse_args(argv=None):
         p.set_defaults(data_dir=state["data_dir"] and Path(state["data_dir"]), **known)
     else:
         if (args.data_dir is None) != (args.data == "synthetic"):
-            reads = "needs it, the folder that holds its files" if args.data_dir is None else "reads no files; --data folder does"
-            p.error(f"--data-dir: --data {args.data} {reads}")
+            p.error(f"--data-dir: --data {args.data} {'reads no files' if args.data_dir else 'needs it, the folder of its files'}")
         first = next(key for key in RECIPES if key[0] == args.data)
         recipe = RECIPES.get((args.data, args.arch), RECIPES[first])
         if callable(recipe):
@@ -592,7 +591,6 @@ def from_torchrun(name, otherwise):
 
 
 # ------------------------------------------------------------------------------ processes
-
 
 PATIENCE = timedelta(minutes=30)  # with processes that do not answer
 
@@ -1393,10 +1391,13 @@ class Run:
         self.network |= dict(num_classes=len(self.data.about["classes"]), in_channels=self.data.channels)
         self.step, self.steps = 0, self.data.steps * args.epochs
         torch.manual_seed(args.seed)
+        self.net = make_network(self.network, args.lower)
         mine, theirs = self.data.about, known["data"] if known else {}
-        for flag, other in (("out", state), ("search", finished)):
-            if other and other["data"]["digest"] != mine["digest"]:
-                raise UserError(f"--{flag} {getattr(args, flag)}: that run had other images than {args.data_dir} has; give it those")
+        for flag, other in ((f, o) for f, o in (("out", state), ("search", finished)) if o):
+            if other["data"]["digest"] != mine["digest"]:
+                raise UserError(f"--{flag} {getattr(args, flag)}: that run had other images than are there now; give it those")
+            if [(k, v.shape) for k, v in other["model"].items()] != [(k, v.shape) for k, v in self.net.state_dict().items()]:
+                raise UserError(f"--arch {args.arch}: gives another network now than when that run began")
         if known and theirs.get("digest") != mine["digest"]:
             self.say(f"--init {args.init}: trained on other images; what is here as well, even for the tests, it has learnt")
         elif known and theirs.get("split") != mine["split"]:  # it was trained on some of those held out here
@@ -1404,7 +1405,6 @@ class Run:
             raise UserError(f"--init {args.init}: that run held out other images, those of {split or 'earlier code'}; add that")
         if log_file:  # of steps that come again it has nothing
             log_file.truncate(min(state["log"], log_file.seek(0, os.SEEK_END)) if state else 0)
-        self.net = make_network(self.network, args.lower)
         if init is not None:
             load_init(self.net, init, args.init, self.say, known, mine["classes"])
         self.net.to(world.device, memory_format=torch.channels_last).train()  # the faster layout on GPU and CPU alike
