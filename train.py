@@ -95,7 +95,7 @@ RECIPES = {
 
 
 def train(run: "Run") -> None:
-    """Joslim, the paper's algorithm 2: every tau steps a round proposes widths; each step trains M (--subnets) of them, the full and the smallest."""
+    """Joslim, algorithm 2: every tau steps a round proposes widths; a step trains M (--subnets) of them, the full and the smallest."""
     args, world, data, net, sampler = run.args, run.world, run.data, run.net, run.sampler
     # The same loop is `slim` and `twostage`, whose widths (one for all layers; one for each) are drawn at random for each step.
     tau = args.tau if args.method == "joslim" else 1
@@ -237,7 +237,7 @@ def search(run: "Run") -> Joslim:
 
 
 def judge(run: "Run", widths: torch.Tensor) -> torch.Tensor:
-    """Losses (n,) on the whole held-out split, by each batch's BatchNorm statistics; each process judges a part of the widths."""
+    """Losses (n,) on the whole held-out split, by each batch's BatchNorm statistics; each process judges a part of them."""
 
     def losses(some):
         batches = run.data.batches("held-out")
