@@ -95,7 +95,7 @@ RECIPES = {
 
 
 def train(run: "Run") -> None:
-    """Joslim, algorithm 2: every tau steps a round proposes widths; a step trains M (--subnets) of them, the full and the smallest."""
+    """Joslim, algorithm 2: every tau steps a round proposes widths; a step trains M of them (--subnets), full and smallest."""
     args, world, data, net, sampler = run.args, run.world, run.data, run.net, run.sampler
     # The same loop is `slim` and `twostage`, whose widths (one for all layers; one for each) are drawn at random for each step.
     tau = args.tau if args.method == "joslim" else 1

@@ -116,6 +116,7 @@ def test_a_dead_worker_is_replaced(tiny, tmp_path):  # noqa: F811
     flags = [*tiny, "--epochs", "400", "--tau", "40", "--save-minutes", "0.01", "--log-seconds", "1"]
     finish([*launch(2), *flags, "--out", str(tmp_path / "whole")])
     run = start([*launch(2, "--max-restarts=4"), *flags, "--out", str(tmp_path / "killed")])
+    await_line(run, "epoch")  # the first comes before the first checkpoint
     for rank in "1010":  # one restart each: none to spare
         await_line(run, "epoch")
         _, *workers = family(run.pid)
