@@ -2611,6 +2611,7 @@ def test_the_historys_losses_are_the_same_by_any_number_of_processes(method, tin
 
 
 OFFLINE = "import torchvision; torchvision.datasets.mnist.download_and_extract_archive = None"
+LATE = "fails = train.World.first_to_fail; train.World.first_to_fail = lambda w: (train.time.sleep(0.5), fails(w))[1]"
 OTHERWISE = "parse = train.parse_args; train.parse_args = lambda argv: parse([*argv, *{}])"
 OTHER_DATA = ("load = train.load_arrays\n"
               "train.load_arrays = lambda *a: ((p := load(*a))[0][0][-1, 0, 0, 0].bitwise_xor_(1), p)[1]")  # fmt: skip
@@ -2622,6 +2623,7 @@ DRIFT = ("step = train.sandwich_step\n"
     ("tiny --tau 0", ("", ""), "--tau: expected", {1, 2}),
     ("tiny --data-dir /nowhere", ("", ""), "/nowhere is not a folder", {1, 2}),
     ("tiny --data kmnist --download", (OFFLINE, OFFLINE), "--download: kmnist could not be fetched", {1, 2}),
+    ("tiny --data kmnist --download", (OFFLINE, f"{OFFLINE}; {LATE}"), "--download: kmnist could not be fetched", {1, 2}),
     ("tiny --batch-size 33", ("", ""), "does not divide among 2 processes", {1, 2}),
     ("tiny --lr 1e30", ("", ""), "Try a smaller --lr", {1}),
     ("tiny", ("", OTHERWISE.format(["--label-smoothing", "0.5"])), "--label-smoothing: ", {1, 2}),

@@ -608,7 +608,7 @@ class World:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         slow = threading.Timer(10, tell, [f"waiting for process 0 at {where}, for {PATIENCE.seconds // 60} minutes at most"])
         try:
-            store = self.find_others(slow) if launched else None
+            self.store = self.find_others(slow) if launched else None
             self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
             if self.device.type == "cuda":
                 index = self.local_rank if self.device.index is None else self.device.index
@@ -618,7 +618,7 @@ class World:
                 torch.cuda.set_device(self.device)
             if self.size > 1:
                 backend = "nccl" if self.device.type == "cuda" else "gloo"
-                dist.init_process_group(backend, timeout=PATIENCE, rank=self.rank, world_size=self.size, store=store)
+                dist.init_process_group(backend, timeout=PATIENCE, rank=self.rank, world_size=self.size, store=self.store)
         except (ValueError, RuntimeError) as e:
             raise UserError(f"process 0 at {where}: the processes do not meet ({name_of(e)}); use torchrun") from None
         finally:
@@ -648,26 +648,27 @@ class World:
         """Whether no other process failed before. The first speaks; the others, who lose it, leave without a word."""
         if not self.faults:  # all fail alike, over the command's flags
             return os.environ.get("WORLD_SIZE", "1") == "1" or not os.environ.get("LOCAL_RANK", "0").strip("0").isdigit()
-        mine = f"process {self.rank}"
         with suppress(RuntimeError):  # where process 0 has gone, and the store with it
-            return self.faults.compare_set("first", "", mine).decode() == mine
+            return self.faults.add("failed", 1) == 1
         return False
 
-    @staticmethod
-    def leave(code=0):
+    def leave(self, code=0):
         """Ends the process group, where there is one. With an exit code of a failure and NCCL, ends the process."""
         if dist.is_initialized():
             if code and dist.get_backend() == "nccl":
                 # NCCL's own end may wait for the other processes, and these, in a collective, for this one.
                 if sys.exc_info()[0]:  # a bug's traceback, on its way
                     sys.excepthook(*sys.exc_info())
-                sys.stdout.flush()
-                sys.stderr.flush()
+                sys.stdout.flush()  # the other has a line's end behind it
                 os._exit(code)
             # Until torch 2.8 this joins gloo's threads without letting go of Python's lock, which one that still
             # drops the last call's tensor waits for (pytorch pull request 154976): leave it time to.
             time.sleep(0.1)
             dist.destroy_process_group()
+            with suppress(RuntimeError):  # the store may go with process 0, which torch tells at length to those who still ask it
+                for _ in range(20):
+                    if code and self.rank == 0 and self.faults.add("failed", 0) < self.size:
+                        time.sleep(0.1)
 
     def ask(self, number, frame):
         """The handler of signals. One to any process ends all after the same step, or at once before and after training."""
@@ -696,8 +697,7 @@ class World:
         except RuntimeError as e:
             if "DataLoader worker" in str(e) or out_of_memory(e):  # the first may come at any time
                 raise
-            why = f"process {self.rank}: another process has gone ({name_of(e)}); the last checkpoint stands"
-            raise Failed(why) from e
+            raise Failed(f"process {self.rank}: another process has gone ({name_of(e)}); the last checkpoint stands") from e
 
     def sum(self, t):
         """The tensor's sum over processes, in place: one all-reduce."""
