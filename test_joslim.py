@@ -2759,10 +2759,12 @@ def test_a_loading_process_that_dies(number, photos, tmp_path):
 
 
 def test_nothing_of_a_run_is_overwritten(finished, tiny, refused, tmp_path):
-    """Whichever file was kept. Nor is a front without a checkpoint to go on from."""
-    for name in ("", "checkpoint.pt", "checkpoint.previous.pt", "front.csv", "front.pt"):
+    """Whichever file was kept. Nor is a front without a checkpoint to go on from, or another program's log."""
+    for name in ("", "checkpoint.pt", "checkpoint.previous.pt", "front.csv", "front.pt", "front.png"):
         out = tmp_path / f"only {name}"
         shutil.copytree(finished, out, ignore=lambda _, names: {*names} - {name} if name else ())  # noqa: B023
+        if name == "front.png":  # which a run has where matplotlib is
+            (out / name).write_bytes(b"a drawing")
         before = {p.name: p.read_bytes() for p in out.iterdir()}
         refused("already holds a run; continue it with --resume", *tiny, "--out", out)
         if name.startswith("front"):
@@ -2853,15 +2855,22 @@ def test_the_log_has_all_steps_of_a_checkpoint(tiny, tmp_path, monkeypatch):
     assert [e["step"] for e in read_log(tmp_path, "train")] == [2, 4]
 
 
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_another_programs_log_stays(resume, tiny, refused, tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"loss": 0.1}\n')
+    refused("holds a log.jsonl that is not a run's", *tiny, "--out", tmp_path, *resume)
+    assert [*tmp_path.iterdir()] == [tmp_path / "log.jsonl"] and (tmp_path / "log.jsonl").read_text() == '{"loss": 0.1}\n'
+
+
 def test_a_folder_in_use(tiny, refused, tmp_path):
-    (tmp_path / "log.jsonl").write_text("not a whole line")
+    (tmp_path / "log.jsonl").write_text('{"event": "not a whole line')
     code = "import fcntl, sys; f = open(sys.argv[1], 'r+'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     other = subprocess.Popen([sys.executable, "-c", code, tmp_path / "log.jsonl"], **pipes)
     other.stdout.readline()
     refused("in use", *tiny, "--out", tmp_path, "--resume")
     other.communicate()
-    assert (tmp_path / "log.jsonl").read_text() == "not a whole line"
+    assert (tmp_path / "log.jsonl").read_text() == '{"event": "not a whole line'
     assert train.main([*tiny, "--method", "slim", "--out", str(tmp_path), "--resume"]) == 0
     assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])["event"] == "settings"
 

@@ -121,9 +121,9 @@ def train(run: "Run") -> None:
             if run.step % tau == 0:
                 with run.searching():  # whose time is counted
                     if sampler.ready:  # once --num-prior are drawn; never for random samplers, which use no losses
-                        # 1. Re-evaluate all of the history under today's weights, on images held out from training, of which
-                        # each round takes the next --eval-images, over and over. Each process judges a part of the history.
-                        # BatchNorm takes the statistics of these images.
+                        # 1. Re-evaluate the history, all that rounds kept so far (4.), under today's weights, on images held
+                        # out from training: each round takes the next --eval-images, over and over. Each process judges a
+                        # part. BatchNorm takes the statistics of these images.
                         images, labels = data.held_out(run.step // tau)
                         run.observe(world.map(lambda some: evaluate(net, some, images, labels, args.amp), sampler.widths))
                     # 2. Fit a GP to these losses, 3. propose (until ready, draw at random), 4. append the first M proposals to
@@ -204,7 +204,7 @@ def find_front(run: "Run") -> torch.Tensor:
         sampler = search(run)
         widths, loss = torch.cat([widths, sampler.widths]), torch.cat([loss, sampler.losses])
     cost, ranked = run.cost(widths), loss.clone()
-    ranked[cost.argmax()] = -torch.inf  # the full network ends the front, whatever the noise says
+    ranked[cost.argmax()] = -torch.inf  # the full network ends the front, whatever the noise says: budgets are shares of its cost
     front = thin(pareto_front(ranked, cost), cost, args.front_size)
     if args.cost == "latency":  # so far predicted; of those measured, what is no better for more time goes
         times = models.time_networks(net, widths[front], **run.timing).amin(1) if run.world.rank == 0 else None
@@ -665,7 +665,7 @@ class World:
             # drops the last call's tensor waits for (pytorch pull request 154976): leave it time to.
             time.sleep(0.1)
             dist.destroy_process_group()
-            with suppress(RuntimeError):  # the store may go with process 0, which torch tells at length to those who still ask it
+            with suppress(RuntimeError):  # the store may go with process 0, and torch is long about it in those who ask then
                 for _ in range(20):
                     if code and self.rank == 0 and self.faults.add("failed", 0) < self.size:
                         time.sleep(0.1)
@@ -715,10 +715,9 @@ class World:
 
     def from_first(self, value):
         """Process 0's value, of tensors and plain values, on every process."""
-        if self.size == 1:
-            return value
         box = [value]
-        self.together(dist.broadcast_object_list, box, device=self.device)
+        if self.size > 1:
+            self.together(dist.broadcast_object_list, box, device=self.device)
         return box[0]
 
     def gather(self, value):
@@ -897,8 +896,7 @@ def read_arrays(args, world):
     digest = hashlib.sha256()
     for images, labels in parts:
         if len(images) != len(labels) or len(labels) == 0 or labels.min() < 0 or labels.max() >= len(names):
-            most = len(names) - 1
-            raise UserError(f"--data-dir: {len(images)} images, {len(labels)} labels, not all 0 to {most}: is this {args.data}?")
+            raise UserError(f"--data-dir: {len(images)} images, {len(labels)} labels, not all of {args.data}'s {len(names)} classes")
         if args.data == "synthetic":  # whose images differ in single bits from processor to processor
             images = labels = torch.tensor([len(images)])
         digest.update(images.contiguous().numpy())
@@ -1255,7 +1253,7 @@ def run_folder(args, world):
     args.out.mkdir(parents=True, exist_ok=True)
     took = f"took {args.out.absolute()}"
     args.resume |= bool(world.job and world.job.check([took]))  # torchrun --max-restarts goes on with what its job began
-    holds = [name for name in ("checkpoint.pt", PREVIOUS, "front.csv", "front.pt") if (args.out / name).exists()]
+    holds = [name for name in ("checkpoint.pt", PREVIOUS, "front.csv", "front.pt", "front.png") if (args.out / name).exists()]
     if holds and not args.resume:
         raise UserError(f"--out: {args.out} already holds a run; continue it with --resume or name another")
     if holds and holds[0].startswith("front"):
@@ -1269,6 +1267,9 @@ def run_folder(args, world):
             locked = False
         if not locked:
             tell(f"{args.out}: no locks on this file system; see that no other run uses it")
+        log.seek(0)
+        if log.read(9) not in (b"", b'{"event":'):
+            raise UserError(f"--out: {args.out} holds a log.jsonl that is not a run's; name another folder")
         if world.job:
             world.job.set(took, "")
         yield log
@@ -1312,7 +1313,6 @@ def load_checkpoint(args):
         return state
     if damage:
         raise UserError("; ".join(damage) + "; move it away to start anew")
-    return None
 
 
 def read_finished(folder):
@@ -1436,7 +1436,7 @@ class Run:
         self.began = self.saved = self.shown = time.perf_counter()
         if args.resume:
             self.say(f"continuing {args.out} at step {self.step}" if state else f"no checkpoint in {args.out}: starting")
-        self.say("settings  " + "  ".join(f"{k}={v}" for k, v in settings(args).items()))
+        self.say("settings  " + "  ".join(f"{k}={v}" for k, v in settings(args).items() if v is not None))
         self.log("settings", **settings(args), processes=world.size, torch=torch.__version__, digest=self.data.about["digest"])
         if args.method != "slim" and (self.rounds - 1) * args.subnets < args.num_prior:
             self.say(f"{self.rounds} rounds end before the GP's first proposal, as slim's do; lower --num-prior or --tau")
