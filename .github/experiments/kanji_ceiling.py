@@ -16,7 +16,6 @@ trains instead what `joslim` offers within 10, 25 and 50 %, by its runs of these
 import argparse
 import csv
 import itertools
-import shutil
 import sys
 from pathlib import Path
 
@@ -60,10 +59,10 @@ def list_drawn(data_dir, classes=200):
     return jobs
 
 
-def list_found(data_dir, seeds):
+def list_found(data_dir, seeds, costs=COSTS):
     """(name, flags) of the widths that joslim offers within each of FOUND, and their top-1 in its network by name."""
     jobs, shared = [], {}
-    for seed, share, cost in itertools.product(seeds, FOUND, COSTS):
+    for seed, share, cost in itertools.product(seeds, FOUND, costs):
         with open(runs.RESULTS / "kanji" / f"joslim-{cost}-{seed}" / "front.csv", newline="") as f:
             rows = list(csv.DictReader(f))
         within = [row for row in rows if float(row[cost]) <= share * float(rows[-1][cost])]
@@ -104,9 +103,5 @@ if __name__ == "__main__":
     args = p.parse_args()
     folder = args.data_dir.resolve()
     jobs, shared = list_found(folder, args.found) if args.found else (list_drawn(folder), {})
-    runs.queue(jobs, ROOT, script=".github/experiments/alone.py")
-    for name, _ in jobs:
-        (KEPT / name).mkdir(parents=True, exist_ok=True)
-        for file in ("front.csv", "settings.json"):
-            shutil.copyfile(ROOT / name / file, KEPT / name / file)
+    runs.train_alone(jobs, ROOT, KEPT.name)
     show_found(shared) if args.found else show([name for name, _ in jobs])

@@ -11,7 +11,6 @@ results/kanji-resnet18/, the picture to .github/kanji-resnet18.png. A queue that
 """
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
@@ -24,7 +23,7 @@ sys.path.insert(0, str(runs.PROJECT))
 import models  # noqa: E402
 from joslim import Joslim  # noqa: E402
 
-ROOT, KEPT, LOWER = Path("runs", "kanji-resnet18"), runs.RESULTS / "kanji-resnet18", 0.25
+ROOT, LOWER = Path("runs", "kanji-resnet18"), 0.25
 
 
 def settings(**changed):
@@ -62,11 +61,6 @@ if __name__ == "__main__":
     shared = [*settings(arch="resnet18", lr=0.4, subnets=1), "--data-dir", folder]
     jobs = runs.list_methods(ROOT, shared, args.seeds, ["memory"])
     runs.queue(jobs, ROOT)
-    alone = list_alone(folder)
-    runs.queue(alone, ROOT, script=".github/experiments/alone.py")
-    for name, _ in alone:
-        (KEPT / name).mkdir(parents=True, exist_ok=True)
-        for file in ("front.csv", "settings.json"):
-            shutil.copyfile(ROOT / name / file, KEPT / name / file)
+    alone = runs.train_alone(list_alone(folder), ROOT, "kanji-resnet18")
     kept = runs.keep(ROOT, [name for name, *_ in jobs], "kanji-resnet18")
-    runs.compare_methods([*kept, *(KEPT / name for name, _ in alone)], Path(".github", "kanji-resnet18.png"))
+    runs.compare_methods([*kept, *alone], Path(".github", "kanji-resnet18.png"))

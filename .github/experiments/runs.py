@@ -1,5 +1,5 @@
 """For the experiments of this folder: `list_methods` lists, `queue` makes runs of train.py, `keep` keeps their figures in results/,
-`compare_methods` prints tables."""
+`train_alone` does both for networks alone, `compare_methods` prints tables."""
 
 import json
 import os
@@ -92,11 +92,21 @@ def keep(root, names, folder):
     for name in names:
         settings, done = (last_event(root / name, event) for event in ("settings", "done"))
         settings |= {key: done[key] for key in ("seconds", "search_share")}
-        if (commit := Path(f"{root / name}.commit")).exists():
-            settings["commit"] = commit.read_text().strip()
-        kept.append(RESULTS / folder / name)
-        kept[-1].mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(root / name / "front.csv", kept[-1] / "front.csv")
         plain = {key: value for key, value in settings.items() if key not in ("event", "step")}
-        (kept[-1] / "settings.json").write_text(json.dumps(plain, indent=1) + "\n")
+        kept.append(keep_one(root / name, RESULTS / folder / name, plain))
+    return kept
+
+
+def train_alone(jobs, root, folder):
+    """Makes the networks alone of jobs (name, alone.py's flags) and keeps their figures in results/FOLDER/name -> these folders."""
+    queue(jobs, root, script=".github/experiments/alone.py")
+    return [keep_one(root / name, RESULTS / folder / name, json.loads((root / name / "settings.json").read_text())) for name, _ in jobs]
+
+
+def keep_one(run, kept, settings):
+    if (commit := Path(f"{run}.commit")).exists():
+        settings["commit"] = commit.read_text().strip()
+    kept.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(run / "front.csv", kept / "front.csv")
+    (kept / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
     return kept
