@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train a slimmable network and find the widths at which it is best for every compute budget.
 
-    python train.py                                      # synthetic images, resnet8, CPU, a minute
+    python train.py                                      # synthetic images, resnet8, CPU, two minutes
     torchrun --nproc_per_node=8 train.py --arch mbv2 --data imagenet --data-dir DIR
     python train.py --out RUN --export 0.5               # the finished run's best network within half of the cost, as a file
 
@@ -99,7 +99,7 @@ def train(run: "Run") -> None:
     args, world, data, net, sampler = run.args, run.world, run.data, run.net, run.sampler
     # The same loop is `slim` and `twostage`, whose widths (one for all layers; one for each) are drawn at random for each step.
     tau = args.tau if args.method == "joslim" else 1
-    # A round proposes M, which all its steps train; with --fresh-widths M for each step, of which the first M join the history.
+    # A round proposes M, which all its steps train; with --fresh-widths, M for each step, and its first M join the history.
     per_round = args.subnets * (tau if args.fresh_widths else 1)
 
     @Replay  # on a GPU, as a CUDA graph where a round's widths come again: faster, the same numbers
@@ -123,14 +123,14 @@ def train(run: "Run") -> None:
                     if sampler.ready:  # once --num-prior are drawn; never for random samplers, which use no losses
                         # 1. Re-evaluate the history, all that rounds kept so far (4.), under today's weights, on images held
                         # out from training: each round takes the next --eval-images, over and over. Each process judges a
-                        # part. BatchNorm takes the statistics of these images.
+                        # part of the history, with BatchNorm's statistics of these images.
                         images, labels = data.held_out(run.step // tau)
                         run.observe(world.map(lambda some: evaluate(net, some, images, labels, args.amp), sampler.widths))
                     # 2. Fit a GP to these losses, 3. propose (until ready, draw at random), 4. append the first M proposals to
                     # the history (more would be too many to re-evaluate): joslim.py's `Joslim.sample`, on process 0 for all.
                     run.proposals = world.propose(sampler, per_round, keep=args.subnets)
 
-            # A step. In it processes exchange gradients alone, of which all take the mean.
+            # A step. Processes exchange gradients alone, of which all take the mean: BatchNorm's statistics are each one's own.
             turns = run.proposals.split(args.subnets)  # one, unless --fresh-widths
             widths = turns[run.step % len(turns)]
             torch.manual_seed(seeded(5, args.seed, run.step, world.rank).initial_seed())  # dropout, where there is any
