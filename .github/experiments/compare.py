@@ -19,6 +19,7 @@ import argparse
 import csv
 import json
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -179,7 +180,8 @@ def verdict(cost, low, kinds):
         clear = len(leads) and abs(leads.mean()) > half_interval(leads)
         word = "level with" if not clear else "ahead of" if leads.mean() > 0 else "behind"
         said.setdefault(word, []).append(name)
-    return f"{WRITTEN.get(cost, cost)}: " + ",\n".join(f"{word} {' and '.join(names)}" for word, names in said.items())
+    lists = {word: " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names) for word, names in said.items()}
+    return textwrap.fill(f"{WRITTEN.get(cost, cost)}: " + ", ".join(f"{word} {names}" for word, names in lists.items()), 52)
 
 
 def draw(shown, picture, log=None):
