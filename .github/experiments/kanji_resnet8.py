@@ -4,7 +4,7 @@
     python .github/experiments/kanji.py DIR                              # the data, made of Debian's fonts
     python .github/experiments/kanji_resnet8.py DIR --seeds 0 1 2 3 4
 
-Eight epochs, seven runs a seed, one thread each: some 25 minutes of two cores a seed. Runs go to runs/kanji/, their figures to
+Eight epochs, nine runs a seed, one thread each: some 40 minutes of two cores a seed. Runs go to runs/kanji/, their figures to
 results/kanji/, the picture to .github/kanji.png. A queue that was stopped is continued by the same command.
 
 All share data, steps, learning rate, smallest width, two sub-networks a step, fresh ones every step, and the search of the finished

@@ -3,10 +3,10 @@
 
     python .github/experiments/proposals.py RUN RUN ...     # finished runs of `joslim` and `twostage`, each judged by its own weights
 
-`joslim`'s history has the first proposals of each round, in order: with fresh widths, a sample of what its steps trained. Beside it, of
-any run, as many widths drawn at random, as `twostage` trains them. Each is judged on all held-out images by the finished weights; its
+`joslim`'s history has the first proposals of each round, in order: with fresh widths, one in a hundred of what its steps trained. Beside
+it, of any run, 104 widths drawn at random, as `twostage` trains them. Each is judged on all held-out images by the finished weights; its
 excess is by how much its loss is above that of the run's front at the same cost (geometric interpolation). Last, how well the losses that
-the sampler went by agree with those: the correlation, over configurations, of the two excesses. One thread; a minute or two a run.
+the sampler went by at the end agree with those: the correlation, over configurations, of the two excesses. One thread; two minutes a run.
 """
 
 import argparse
@@ -57,14 +57,15 @@ def measure(folder):
 
     print(f"{folder}\n  of 100, costs of 7 to 15, to 30, to 60, to 100 %")
     if state["settings"]["method"] == "joslim":
-        history, tracked = state["sampler"]["widths"], state["sampler"]["losses"]
-        begin = len(history) - COUNT
-        for k, part in enumerate(history[begin:].chunk(4)):
-            show(f"quarter {k + 1}", part)
-        share, worse = show("all", history[begin:])
-        known = tracked[begin:].isfinite().numpy()
-        r = np.corrcoef(excess(share, tracked[begin:])[known], worse[known])[0, 1]
-        print(f"  the sampler's losses and these, of {known.sum()}: correlation of the excesses {r:.2f}")
+        begin = args.num_prior + 1  # uniform widths and the full network
+        history, tracked = state["sampler"]["widths"][begin:], state["sampler"]["losses"][begin:]
+        parts = [show(f"quarter {k + 1}", part) for k, part in enumerate(history.chunk(4))] + [show("all", history)]
+        agree = []
+        for (share, worse), by in zip(parts, (*tracked.chunk(4), tracked)):
+            known = by.isfinite().numpy()  # the last round's were not judged in the run
+            agree.append(np.corrcoef(excess(share, by)[known], worse[known])[0, 1])
+        print("  the sampler's losses and these: correlation of the excesses, by quarter:", *(f"{r:.2f}" for r in agree[:4]), end="")
+        print(f"; of all {agree[4]:.2f}")
     show("random widths", RandomWidths(net.num_widths, args.lower, seed=1).sample(COUNT))
 
 
