@@ -95,11 +95,11 @@ RECIPES = {
 
 
 def train(run: "Run") -> None:
-    """Joslim, algorithm 2: every tau steps a round proposes widths; a step trains M of them (--subnets), full and smallest."""
+    """Joslim, algorithm 2: every tau steps a round proposes configurations; a step trains M (--subnets), full and smallest."""
     args, world, data, net, sampler = run.args, run.world, run.data, run.net, run.sampler
-    # The same loop is `slim` and `twostage`, whose widths (one for all layers; one for each) are drawn at random for each step.
+    # The same loop is `slim` (one width for all layers) and `twostage` (one for each), drawn at random for each step.
     tau = args.tau if args.method == "joslim" else 1
-    # A round proposes M, which all its steps train; with --fresh-widths, M for each step, and its first M join the history.
+    # A round proposes M, which all its steps train; with --fresh-widths, M for each step. Its first M join the history.
     per_round = args.subnets * (tau if args.fresh_widths else 1)
 
     @Replay  # on a GPU, as a CUDA graph where a round's widths come again: faster, the same numbers
@@ -121,16 +121,16 @@ def train(run: "Run") -> None:
             if run.step % tau == 0:
                 with run.searching():  # whose time is counted
                     if sampler.ready:  # once --num-prior are drawn; never for random samplers, which use no losses
-                        # 1. Re-evaluate the history, all that rounds kept so far (4.), under today's weights, on images held
+                        # 1. Re-evaluate the history, all that rounds kept so far (see 4.), under today's weights, on images held
                         # out from training: each round takes the next --eval-images, over and over. Each process judges a
-                        # part of the history, with BatchNorm's statistics of these images.
+                        # part of the history, by these images' BatchNorm statistics, and has all losses then.
                         images, labels = data.held_out(run.step // tau)
                         run.observe(world.map(lambda some: evaluate(net, some, images, labels, args.amp), sampler.widths))
                     # 2. Fit a GP to these losses, 3. propose (until ready, draw at random), 4. append the first M proposals to
                     # the history (more would be too many to re-evaluate): joslim.py's `Joslim.sample`, on process 0 for all.
                     run.proposals = world.propose(sampler, per_round, keep=args.subnets)
 
-            # A step. Processes exchange gradients alone, of which all take the mean: BatchNorm's statistics are each one's own.
+            # A step. Processes average gradients alone: BatchNorm's statistics are those of each one's own share of the batch.
             turns = run.proposals.split(args.subnets)  # one, unless --fresh-widths
             widths = turns[run.step % len(turns)]
             torch.manual_seed(seeded(5, args.seed, run.step, world.rank).initial_seed())  # dropout, where there is any
@@ -220,8 +220,8 @@ FINAL = 128  # configurations that `search` adds, at most, to those of a run's r
 
 def search(run: "Run") -> Joslim:
     """The width search on finished weights, each configuration judged once: the two-stage method's second stage. `joslim` goes
-    on from its history, which was proposed for earlier weights. Both stop at P + min(P, FINAL) configurations, P those that a
-    `joslim` run's rounds add to its history: M every --tau steps."""
+    on from its history, which was proposed for earlier weights. Both methods stop at P + min(P, FINAL) configurations, P
+    those that a `joslim` run's rounds add to its history: M every --tau steps."""
     sampler, proposed = run.joslim_sampler(), run.rounds * run.args.subnets
     visits = proposed + min(proposed, FINAL)
     run.say(f"searching the finished weights: {visits} configurations")
@@ -237,7 +237,7 @@ def search(run: "Run") -> Joslim:
 
 
 def judge(run: "Run", widths: torch.Tensor) -> torch.Tensor:
-    """Losses (n,) on the whole held-out split, by each batch's BatchNorm statistics; each process judges a part of them."""
+    """Losses (n,) on the whole held-out split, by each batch's BatchNorm statistics; each process judges some of the widths."""
 
     def losses(some):
         batches = run.data.batches("held-out")

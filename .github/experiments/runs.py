@@ -3,6 +3,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -48,7 +49,7 @@ def queue(jobs, root, at_once=2, script="train.py"):
     Each is `python SCRIPT *flags --out ROOT/name --resume` in one thread, `at_once` of them at a time, in
     the order of the list; what it prints goes to ROOT/name.log. Finished runs are skipped and stopped ones
     continued, so a queue that was stopped is continued by the same command. After a failure none is begun;
-    those under way end first, then it is raised.
+    those under way end first, then it is raised. A name that other flags made is refused: ROOT/name.command has them.
     """
     root.mkdir(parents=True, exist_ok=True)
     waiting = {name: (flags, set(*needs)) for name, flags, *needs in jobs}
@@ -67,6 +68,10 @@ def queue(jobs, root, at_once=2, script="train.py"):
 
 
 def run(out, flags, script):
+    told = shlex.join(map(str, flags)) + "\n"
+    command_file, commit_file = Path(f"{out}.command"), Path(f"{out}.commit")
+    if command_file.exists() and command_file.read_text() != told:
+        raise ValueError(f"{out} was made by other flags (see {command_file}); move it away")
     if (out / "front.csv").exists():
         print(f"{out} is finished", flush=True)
         return
@@ -75,7 +80,9 @@ def run(out, flags, script):
     command = [sys.executable, script, *map(str, flags), "--out", str(out.resolve()), "--resume"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=PROJECT, capture_output=True, text=True)
-    Path(f"{out}.commit").write_text(commit.stdout)
+    command_file.write_text(told)
+    begun = commit_file.read_text().split() if commit_file.exists() else []  # of a run that is continued
+    commit_file.write_text(" ".join(dict.fromkeys([*begun, commit.stdout.strip()])) + "\n")
     with open(f"{out}.log", "a") as log:
         ended = subprocess.run(command, cwd=PROJECT, env=environment, stdout=log, stderr=log)
     if ended.returncode:
